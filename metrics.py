@@ -1,0 +1,68 @@
+"""Metrics of perturbation prediction on mean expression profiles. This file stands alone: it imports numpy only.
+
+    scores = evaluate(pred, true, ctrl, de_idx)      # {name: one value a condition}
+    mean, half_width = interval95(values_of_seeds)
+
+Sources: MSE, Pearson and Pearson delta on all and on the top 20 differentially expressed genes are those of GEARS
+(Roohani et al., Nature Biotechnology 2024) and scGenePT (Istrate et al. 2024).
+"""
+import numpy as np
+
+# 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
+         2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
+         2.0452, 2.0423)
+
+
+def evaluate(pred, true, ctrl, de_idx):
+    """Compare predicted with measured mean profiles, condition by condition.
+
+    pred, true (P, G): mean expression of each condition; ctrl (G,): mean expression of the control cells;
+    de_idx (P, 20): top differentially expressed genes of each condition, -1 = none (with fewer genes than 20).
+    Returns arrays of (P,): mse_*, pearson_* (of the profiles) and pearson_delta_* (of their differences to ctrl), on all
+    genes and on the top 20. A correlation that is undefined (a constant profile) counts as 0.
+    Raises ValueError for shapes that disagree.
+    """
+    pred, true, ctrl = (np.asarray(a, dtype=np.float64) for a in (pred, true, ctrl))
+    de_idx = np.asarray(de_idx)
+    if pred.ndim != 2 or pred.shape != true.shape or ctrl.shape != pred.shape[1:] or len(de_idx) != len(pred) or de_idx.ndim != 2:
+        raise ValueError(f"shapes disagree: pred {pred.shape}, true {true.shape}, ctrl {ctrl.shape}, de_idx {de_idx.shape}")
+    if de_idx.size and (de_idx.min() < -1 or de_idx.max() >= pred.shape[1]):
+        raise ValueError(f"de_idx names genes outside 0..{pred.shape[1] - 1}")
+    rows = np.arange(len(pred))[:, None]
+    every, top = np.ones(pred.shape, dtype=bool), de_idx >= 0
+    pred20, true20, ctrl20 = pred[rows, de_idx], true[rows, de_idx], ctrl[de_idx]
+    return {"mse_all": _mean((pred - true) ** 2, every),
+            "mse_top20": _mean((pred20 - true20) ** 2, top),
+            "pearson_all": pearson(pred, true, every),
+            "pearson_top20": pearson(pred20, true20, top),
+            "pearson_delta_all": pearson(pred - ctrl, true - ctrl, every),
+            "pearson_delta_top20": pearson(pred20 - ctrl20, true20 - ctrl20, top)}
+
+
+def pearson(a, b, is_used):
+    """Pearson correlation of each row of `a` with the same row of `b` over the entries in use; all (P, G) -> (P,).
+
+    0 where it is undefined: where a row is constant up to rounding.
+    """
+    a = np.where(is_used, a - _mean(a, is_used)[:, None], 0)
+    b = np.where(is_used, b - _mean(b, is_used)[:, None], 0)
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    defined = (norm_a > 0) & (norm_b > 0)
+    return np.where(defined, (a * b).sum(1) / np.where(defined, norm_a * norm_b, 1), 0)
+
+
+def _mean(a, is_used):
+    """Mean of each row over the entries in use; 0 for a row without any."""
+    return np.where(is_used, a, 0).sum(1) / np.maximum(is_used.sum(1), 1)
+
+
+def interval95(values):
+    """Mean of `values` (n,), say one a seed, and the half width of its 95% confidence interval by Student's t; the half
+    width of a single value is NaN."""
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n < 2:
+        return float(values.mean()) if n else float("nan"), float("nan")
+    t = T_975[n - 2] if n - 1 <= len(T_975) else 1.96 + 2.4 / (n - 1)
+    return float(values.mean()), float(t * values.std(ddof=1) / np.sqrt(n))

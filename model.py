@@ -1,0 +1,360 @@
+"""scGenePT: predicts the expression of every gene after a genetic perturbation of a single cell.
+
+This file stands alone: copy it anywhere, it imports torch and numpy only.
+
+    import numpy as np, model
+    net = model.load_released("best_model_seed_42.pt")                 # a released file, or model.load("model.pt") for own ones
+    predicted = model.predict(net, gene_ids, control, perturbed_idx=[7])
+
+`gene_ids` (G,) are rows of the scGPT vocabulary (vocab.json; `<pad>` for genes that it does not have), `control` (N, G)
+is the log-normalized expression of N unperturbed cells, zeros included, and `perturbed_idx` says which of the G genes are
+perturbed: positions in `gene_ids`, not vocabulary rows. `predicted` (N, G) is in the units of `control`.
+
+For a cell with genes g_1..g_L, expression c_1..c_L and flags p_1..p_L (1 = perturbed, else 0):
+
+    x_j = LN(E_tok[g_j]) + V(c_j) + E_pert[p_j] + sum over language sources s of LN(W_s E_s[g_j] + b_s)
+    h   = TransformerEncoder(LN(x));   prediction_j = D(h_j)
+
+scGPT: Cui et al., Nature Methods 2024. scGenePT: Istrate, Li, Karaletsos, bioRxiv 2024, Eq. 1-8.
+"""
+import os
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MAX_VALUE = 512.0  # scGPT clamps expression here
+PRETRAINED_PARTS = ("encoder.", "value_encoder.", "transformer_encoder.")  # what fine-tuning takes from scGPT
+
+
+@dataclass
+class Config:
+    """Sizes and parts of a network; the defaults are scGPT's (whole-human)."""
+    n_tokens: int = 60697          # rows of the vocabulary
+    pad_id: int = 60694            # the row of <pad>, which is never trained
+    d_model: int = 512
+    n_heads: int = 8
+    d_hid: int = 512               # width inside the feed-forward blocks
+    n_layers: int = 12
+    dropout: float = 0.2
+    attention_dropout: float = 0.2 # of attention probabilities; a CPU has a fused kernel only without it
+    has_tokens: bool = True        # E_tok; off in genePT and scGPT (-tokens)
+    has_counts: bool = True        # V; off in genePT and scGPT (-counts)
+    languages: dict = field(default_factory=dict)  # language source -> width of its vectors
+    n_language_rows: int = 0       # genes that have a row in the language tables
+
+
+class GeneEncoder(nn.Module):
+    """Learned vector of each vocabulary row, layer-normalized: E_tok."""
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.n_tokens, config.d_model, padding_idx=config.pad_id)
+        self.enc_norm = nn.LayerNorm(config.d_model)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+
+    def forward(self, gene_ids):  # (L,) -> (L, d)
+        return self.enc_norm(self.embedding(gene_ids))
+
+
+class ValueEncoder(nn.Module):
+    """Vector of an expression value: V."""
+    def __init__(self, config):
+        super().__init__()
+        self.linear1 = nn.Linear(1, config.d_model)
+        self.linear2 = nn.Linear(config.d_model, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, expression):  # (B, L) -> (B, L, d)
+        x = F.relu(self.linear1(expression.clamp(max=MAX_VALUE).unsqueeze(-1)))
+        return self.dropout(self.norm(self.linear2(x)))
+
+
+class LanguageEncoder(nn.Module):
+    """Trainable language-model vectors of the genes' texts, projected to the width of the network: E_s, W_s, b_s."""
+    def __init__(self, n_rows, d_language, d_model):
+        super().__init__()
+        self.embedding = nn.Embedding(n_rows, d_language)
+        self.proj = nn.Linear(d_language, d_model)
+        self.enc_norm = nn.LayerNorm(d_model)
+
+    def forward(self, rows, is_pad):  # (L,), (L,) -> (L, d)
+        vectors = self.embedding(rows)
+        vectors = torch.where(is_pad.unsqueeze(-1), vectors.detach(), vectors)  # the vector of <pad> is not trained
+        return self.enc_norm(self.proj(vectors))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of every gene to every gene, without a mask; parameters named as nn.MultiheadAttention's."""
+    def __init__(self, config):
+        super().__init__()
+        d = config.d_model
+        self.n_heads, self.dropout = config.n_heads, config.attention_dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * d, d))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
+        self.out_proj = nn.Linear(d, d)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x):  # (B, L, d) -> (B, L, d)
+        B, L, d = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3d)
+        q, k, v = qkv.view(B, L, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d/heads)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, d))
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer; computes what nn.TransformerEncoderLayer does, with its parameter names."""
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.linear1 = nn.Linear(config.d_model, config.d_hid)
+        self.linear2 = nn.Linear(config.d_hid, config.d_model)
+        self.norm1 = nn.LayerNorm(config.d_model)
+        self.norm2 = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, L, d) -> (B, L, d)
+        x = self.norm1(x + self.dropout(self.self_attn(x)))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
+
+    def forward(self, x):  # (B, L, d) -> (B, L, d)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Predicted expression from each gene's final vector: D. Its output is linear, hence can be slightly negative."""
+    def __init__(self, config):
+        super().__init__()
+        d = config.d_model
+        self.fc = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
+
+    def forward(self, x):  # (B, L, d) -> (B, L)
+        return self.fc(x).squeeze(-1)
+
+
+class ScGenePT(nn.Module):
+    """The network of scGPT (no language source), scGenePT (tokens, counts, language) and genePT (language alone)."""
+    def __init__(self, config):
+        super().__init__()
+        if config.d_model % config.n_heads:
+            raise ValueError(f"d_model {config.d_model} is not a multiple of n_heads {config.n_heads}")
+        self.config = config
+        self.encoder = GeneEncoder(config) if config.has_tokens else None
+        self.value_encoder = ValueEncoder(config) if config.has_counts else None
+        self.pert_encoder = nn.Embedding(3, config.d_model, padding_idx=2)  # not perturbed, perturbed, padding (unused)
+        self.language_encoders = nn.ModuleDict({source: LanguageEncoder(config.n_language_rows, width, config.d_model)
+                                                for source, width in config.languages.items()})
+        if config.languages:  # vocabulary row -> row of the language tables, -1 = none
+            self.register_buffer("language_rows", torch.full((config.n_tokens,), -1))
+        self.ln = nn.LayerNorm(config.d_model)
+        self.transformer_encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def set_language(self, token_ids, vectors):
+        """Give the genes `token_ids` (R,), unique vocabulary rows, the starting `vectors`: {source: (R, width)}."""
+        self.language_rows.fill_(-1)
+        self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = torch.arange(len(token_ids))
+        with torch.no_grad():
+            for source, encoder in self.language_encoders.items():
+                encoder.embedding.weight.copy_(torch.as_tensor(vectors[source]))
+
+    def forward(self, gene_ids, expression, perturbed):
+        """Predicted expression after the perturbation.
+
+        gene_ids (L,) int64: vocabulary rows of the genes, the same for all cells of the batch
+        expression (B, L): log-normalized expression before; perturbed (B, L): 1 or True where the gene is perturbed
+        returns (B, L), in the units of `expression`
+        """
+        not_perturbed_vector, perturbed_vector = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
+        x = torch.where(perturbed.bool().unsqueeze(-1), perturbed_vector, not_perturbed_vector)  # (B, L, d)
+        if self.value_encoder is not None:
+            x = x + self.value_encoder(expression)
+        # What depends on the gene alone is computed once a batch, not once a cell: (L, d)
+        if self.encoder is not None:
+            x = x + self.encoder(gene_ids)
+        for language_encoder in self.language_encoders.values():
+            x = x + language_encoder(self.language_rows[gene_ids], gene_ids == self.config.pad_id)
+        return self.decoder(self.transformer_encoder(self.ln(x)))
+
+
+@torch.inference_mode()
+def predict(model, gene_ids, control, perturbed_idx, batch_size=16):
+    """Predict what a perturbation does to each of N control cells.
+
+    gene_ids (G,): vocabulary rows; control (N, G): log-normalized expression; perturbed_idx: positions (0..G-1) of the
+    perturbed genes. Returns (N, G) float32 (numpy). Memory grows with batch_size, not with N. Leaves the model in its mode.
+    Raises ValueError for shapes that disagree, positions outside the genes, and genes that the model has no row for.
+    """
+    device = model.pert_encoder.weight.device
+    gene_ids = torch.as_tensor(np.asarray(gene_ids), dtype=torch.long)
+    control = np.asarray(control)
+    perturbed_idx = np.atleast_1d(np.asarray(perturbed_idx, dtype=np.int64))
+    if control.ndim != 2 or gene_ids.ndim != 1 or control.shape[1] != len(gene_ids):
+        raise ValueError(f"control has the shape {control.shape}, expected (cells, {len(gene_ids)}) for {len(gene_ids)} gene_ids")
+    if not np.all((0 <= perturbed_idx) & (perturbed_idx < len(gene_ids))):
+        raise ValueError(f"perturbed_idx {perturbed_idx.tolist()}: positions in gene_ids run from 0 to {len(gene_ids) - 1}")
+    outside = (gene_ids < 0) | (gene_ids >= model.config.n_tokens)
+    if outside.any():
+        raise ValueError(f"gene_ids: {gene_ids[outside][0]} is no row of the model's vocabulary (0 to {model.config.n_tokens - 1})")
+    if model.config.languages and (model.language_rows[gene_ids.to(device)] < 0).any():
+        lacking = gene_ids[model.language_rows.cpu()[gene_ids] < 0]
+        raise ValueError(f"gene_ids: the model has no language vector for {len(lacking)} genes, the first {lacking[0]}")
+    gene_ids = gene_ids.to(device)
+    perturbed = torch.zeros(1, len(gene_ids), dtype=torch.bool)
+    perturbed[0, perturbed_idx] = True
+    perturbed = perturbed.to(device)
+    predicted = np.empty(control.shape, dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(control), batch_size):
+        cells = torch.as_tensor(control[start:start + batch_size], dtype=torch.float32).to(device)
+        predicted[start:start + batch_size] = model(gene_ids, cells, perturbed.expand(len(cells), -1)).float().cpu().numpy()
+    model.train(was_training)
+    return predicted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def save(model, path):
+    """Write config and weights of `model` to `path`, whole or not at all; `load` reads it."""
+    partial = f"{path}.{os.getpid()}.tmp"
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    try:
+        torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, partial)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def load(path):
+    """The model that `save` wrote to `path`, on the CPU and in eval mode. Raises ValueError for any other file."""
+    file = _read(path)
+    if not {"config", "state"} <= file.keys():
+        raise ValueError(f"{path}: not a file of this kit (released fine-tuned models: load_released)")
+    try:
+        model = ScGenePT(Config(**file["config"]))
+    except TypeError as error:
+        raise ValueError(f"{path}: config of another version ({error})") from None
+    _load_strictly(model, file["state"], path)
+    return model.eval()
+
+
+def load_pretrained(model, path):
+    """Take token encoder, value encoder and transformer from scGPT's `best_model.pt`, as far as `model` has those parts.
+
+    Returns the keys taken and the keys left (other heads of scGPT). Raises ValueError, naming the key, when one of the
+    three parts is absent from the file, or any key in them is missing, unknown or of another shape.
+    """
+    state = _torch_names(_read(path))
+    for part in PRETRAINED_PARTS:
+        if not any(key.startswith(part) for key in state):
+            raise ValueError(f"{path}: no {part}* in it: not a pretrained scGPT model")
+    own = model.state_dict()
+    parts = tuple(part for part in PRETRAINED_PARTS if any(key.startswith(part) for key in own))
+    taken = {key: value for key, value in state.items() if key.startswith(parts)}
+    _load_strictly(model, taken, path, parts)
+    return sorted(taken), sorted(state.keys() - taken.keys())
+
+
+def load_released(path, n_heads=8):
+    """A released fine-tuned scGPT, scGenePT or genePT file as a model on the CPU, in eval mode, with dropout 0.2.
+
+    Sizes and parts are read from the tensors; only the number of heads leaves no trace in them. Language sources are named
+    after their modules in the file (`genept_encoder`, `gopt_encoder_c`, ...). `<pad>` is the third row from the end, as
+    in scGPT's vocabulary. Raises ValueError, naming the key, for one that is missing, unknown or of the wrong shape.
+    """
+    state, languages = {}, {}
+    for key, value in _torch_names(_read(path)).items():
+        module, _, rest = key.partition(".")
+        if module == "cls_decoder":  # a head that no prediction reads
+            continue
+        if module.startswith(("genept_encoder", "gopt_encoder_")):
+            rest = rest.replace("proj_layer.", "proj.").replace("fc.", "proj.")
+            key = f"language_encoders.{module}.{rest}"
+            if rest == "embedding.weight":
+                languages[module] = _shape(value, 2, path, key)[1]
+        state[key] = value
+
+    def size(key, n_dims):
+        if key not in state:
+            raise ValueError(f"{path}: {key} is missing")
+        return _shape(state[key], n_dims, path, key)
+
+    d_model = size("pert_encoder.weight", 2)[1]
+    tables = ["encoder.embedding.weight"] + [f"language_encoders.{module}.embedding.weight" for module in languages]
+    n_tokens = next((state[key].shape[0] for key in tables if key in state), None)
+    if n_tokens is None:
+        raise ValueError(f"{path}: encoder.embedding.weight is missing")
+    layers = {key.split(".")[2] for key in state if key.startswith("transformer_encoder.layers.")}
+    config = Config(n_tokens=n_tokens, pad_id=n_tokens - 3, d_model=d_model, n_heads=n_heads, n_layers=len(layers),
+                    d_hid=size("transformer_encoder.layers.0.linear1.weight", 2)[0],
+                    has_tokens="encoder.embedding.weight" in state,
+                    has_counts=any(key.startswith("value_encoder.") for key in state),
+                    languages=languages, n_language_rows=n_tokens if languages else 0)
+    model = ScGenePT(config)
+    if languages:
+        state["language_rows"] = torch.arange(n_tokens)
+    _load_strictly(model, state, path)
+    return model.eval()
+
+
+def _read(path):
+    """The dict in a torch file, without running any code that the file might carry."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a broken or refused file
+        raise ValueError(f"{path}: not a readable torch file of plain tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(file, dict):
+        raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of tensors")
+    return file
+
+
+def _torch_names(state):
+    """Keys as PyTorch's own layer has them; files written with flash-attention name the same attention weights Wqkv."""
+    names = {"Wqkv.weight": "in_proj_weight", "Wqkv.bias": "in_proj_bias"}
+    renamed = {}
+    for key, value in state.items():
+        key = key.replace("self_attn._impl.", "self_attn.")
+        for flash, torch_name in names.items():
+            key = key.replace(f"self_attn.{flash}", f"self_attn.{torch_name}")
+        renamed[key] = value
+    return renamed
+
+
+def _shape(tensor, n_dims, path, key):
+    if not torch.is_tensor(tensor) or tensor.ndim != n_dims:
+        raise ValueError(f"{path}: {key} is not a tensor of {n_dims} dimensions")
+    return tensor.shape
+
+
+def _load_strictly(model, state, path, parts=("",)):
+    """Copy `state` into `model` (its keys that begin with `parts`); every key has to fit, or ValueError names it."""
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
+    for key in sorted(own.keys() | state.keys()):
+        if key not in state:
+            raise ValueError(f"{path}: {key} is missing")
+        if key not in own:
+            raise ValueError(f"{path}: {key} is unknown")
+        if not torch.is_tensor(state[key]) or state[key].shape != own[key].shape:
+            found = tuple(state[key].shape) if torch.is_tensor(state[key]) else type(state[key]).__name__
+            raise ValueError(f"{path}: {key} has the shape {found}, expected {tuple(own[key].shape)}")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])
