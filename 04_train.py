@@ -1,0 +1,527 @@
+"""Stage 04: fine-tuning -> runs/<dataset>/<variant>/seed<N>/
+
+    python 04_train.py                                                     the demo: three small networks from scratch
+    python 04_train.py --dataset norman                                    scGPT, scGenePT and its shuffled control, pretrained
+    python 04_train.py --dataset norman --variant scgenept_go_c --seed 42 23 89 30 12
+    python 04_train.py --dataset mine --variant scgpt scgenept_notes --no-pretrained --d-model 128
+    torchrun --nproc_per_node 4 04_train.py --dataset norman               the same on four GPUs
+
+Variants: scgpt; scgenept_<source>, with several sources scgenept_<source>+<source>; genept_<source> (language alone, pretrained
+attention), genept_<source>-scratch; scgpt-counts, scgpt-tokens (scGPT without that part). `-shuffled` at the end of a name
+gives every gene another gene's text: what such a control reaches does not come from what the texts say.
+
+A run's folder holds model.pt (the epoch with the lowest validation error), state.pt (the last epoch, from which the same
+command goes on after an interruption), log.csv and config.json. Finished runs are left as they are.
+"""
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+shared = importlib.import_module("01_fetch_annotations")
+
+PRETRAINED_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/"
+PRETRAINED_FILES = ("args.json", "vocab.json", "best_model.pt")
+VARIANTS = ["scgpt", "scgenept_go_all", "scgenept_go_all-shuffled"]
+DEFAULTS = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2}  # the paper's (Table 31)
+DEMO_DEFAULTS = DEFAULTS | {"epochs": 12, "lr": 1e-3}
+SCRATCH_SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64}
+PATIENCE = 10  # epochs without a better validation error before a run stops
+LOG_COLUMNS = ("epoch", "train_mse", "val_mse", "lr", "seconds", "cells_per_second")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+def load_dataset(path, made_by):
+    """dataset.h5 as a namespace: X (CSR), genes, token_ids, measured, conditions, cell_condition, targets, split, subgroup,
+    mean, de_idx as in the file, and its attributes."""
+    from scipy import sparse
+    arrays = ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx")
+    texts = ("genes", "conditions", "split", "subgroup")
+    with shared.open_h5(path, made_by, (*arrays, *texts, "X/data", "X/indices", "X/indptr")) as file:
+        data = SimpleNamespace(**{name: file[name][:] for name in arrays}, **{name: file[name].asstr()[:] for name in texts},
+                               **{name: file.attrs[name] for name in ("synthetic", "n_tokens", "pad_id", "vocab", "control")})
+        X = file["X"]
+        data.X = sparse.csr_matrix((X["data"][:], X["indices"][:], X["indptr"][:]), shape=(len(data.cell_condition), len(data.genes)))
+    data.ctrl_cells = np.flatnonzero(data.split[data.cell_condition] == "ctrl")
+    return data
+
+
+def expression_reader(X, device):
+    """A function (cells (B,), genes (L,)) -> expression (B, L), float32 on `device`.
+
+    On a GPU with room for it the whole matrix lies there, so that a batch is one indexing operation.
+    """
+    import torch
+    if device.type == "cuda" and X.shape[0] * X.shape[1] * 4 < torch.cuda.mem_get_info(device)[0] / 4:
+        on_device = torch.empty(X.shape, device=device)
+        for start in range(0, X.shape[0], 4096):
+            on_device[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
+
+        def read(cells, genes):
+            cells, genes = (torch.from_numpy(idx).to(device, non_blocking=True) for idx in (cells, genes))
+            return on_device[cells[:, None], genes]
+    else:
+        def read(cells, genes):
+            return torch.from_numpy(X[cells].toarray()[:, genes]).to(device, non_blocking=True)
+    return read
+
+
+def pair_cells(data, seed):
+    """For every cell the control cell that is its input (cells,): for perturbed cells one drawn at random once and for all,
+    for control cells themselves (GEARS)."""
+    input_cell = np.random.default_rng([seed, 0]).choice(data.ctrl_cells, len(data.cell_condition))
+    input_cell[data.ctrl_cells] = data.ctrl_cells
+    return input_cell
+
+
+def batches(data, cells, batch_size, n_genes, rng, with_targets=False):
+    """Yield (cells, genes) index arrays: consecutive batches of `cells`, each with one random set of genes for all its cells;
+    all genes where n_genes covers them. `with_targets`: the set contains the targets of the batch's cells."""
+    every = np.arange(len(data.genes))
+    for start in range(0, len(cells), batch_size):
+        batch = cells[start:start + batch_size]
+        if n_genes >= len(every):
+            yield batch, every
+        elif with_targets:
+            targets = np.setdiff1d(data.targets[data.cell_condition[batch]], [-1])[:n_genes]
+            others = rng.permutation(np.setdiff1d(every, targets))
+            yield batch, np.concatenate([targets, others[:n_genes - len(targets)]]).astype(np.int64)
+        else:
+            yield batch, rng.permutation(every)[:n_genes]
+
+
+def perturbed_flags(data, cells, genes):
+    """Which of `genes` (L,) is a target of each of `cells` (B,): bool (B, L)."""
+    return (data.targets[data.cell_condition[cells]][:, :, None] == genes).any(axis=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants and their language vectors
+
+def parse_variant(name, known_sources):
+    """Parts of a variant's name as a namespace: has_tokens, has_counts, sources, pretrained (whether its attention is),
+    shuffled. A `+` may be part of a source's name: the longest known source wins."""
+    base = name.removesuffix("-shuffled")
+    variant = SimpleNamespace(name=name, has_tokens=True, has_counts=True, sources=[], pretrained=True, shuffled=base != name)
+    family, _, rest = base.partition("_")
+    if base == "scgpt-counts":
+        variant.has_counts = False
+    elif base == "scgpt-tokens":
+        variant.has_tokens = False
+    elif family == "genept" and rest:
+        variant.has_tokens = variant.has_counts = False
+        variant.pretrained = not rest.endswith("-scratch")
+        rest = rest.removesuffix("-scratch")
+    elif base != "scgpt" and not (family == "scgenept" and rest):
+        sys.exit(f"error: unknown variant {name!r}: one of scgpt, scgpt-counts, scgpt-tokens, scgenept_<source>[+<source>], "
+                 "genept_<source>, genept_<source>-scratch; each with -shuffled at the end")
+    while rest:
+        source = max((s for s in known_sources if f"{rest}+".startswith(f"{s}+")), key=len, default=None)
+        if source is None:
+            sys.exit(f"error: variant {name!r}: unknown source {rest!r}; known are {', '.join(sorted(known_sources))}")
+        if source in variant.sources:
+            sys.exit(f"error: variant {name!r} names the source {source} twice")
+        variant.sources.append(source)
+        rest = rest[len(source) + 1:]
+    if variant.shuffled and not variant.sources:
+        sys.exit(f"error: variant {name!r}: there are no texts to shuffle in {base}")
+    return variant
+
+
+def embeddings_of(folder):
+    """Embedding files that are there: {source: {(embedder, mode): path}}, from names <source>.<embedder>.<mode>.h5."""
+    found = {}
+    for path in sorted(folder.glob("*.*.*.h5")):
+        source, *embedder, mode = path.name.removesuffix(".h5").split(".")
+        found.setdefault(source, {})[".".join(embedder), mode] = path
+    return found
+
+
+def choose_embeddings(variant, found, embedder, mode, command):
+    """The embedding files of a variant's sources, {source: path}, and the parts of the run's name that tell of a choice that
+    is not the default. Default: the only embedder and mode that all sources have, else published, concat."""
+    for source in variant.sources:
+        if source not in found:
+            sys.exit(f"error: {variant.name}: no vectors of the source {source}; run first: {command} --source {source}")
+    if not variant.sources:
+        return {}, []
+    common = set.intersection(*(set(found[source]) for source in variant.sources))
+    suffix = []
+
+    def choose(option, wanted, there, preferred):
+        default = there[0] if len(there) == 1 else preferred if preferred in there else None
+        if wanted is None and default is None:
+            sys.exit(f"error: {variant.name}: vectors of {', '.join(there) or 'no common embedder'} are there; choose with --{option}")
+        if wanted is not None and wanted not in there:
+            sys.exit(f"error: {variant.name}: no vectors with {option} {wanted} (there are: {', '.join(there)}); make them with 02_embed.py")
+        if wanted not in (None, default):
+            suffix.append(f"{option}={wanted}")
+        return wanted or default
+
+    embedder = choose("embedder", embedder, sorted({e for e, _ in common}), "published")
+    mode = choose("mode", mode, sorted(m for e, m in common if e == embedder), "concat")
+    return {source: found[source][embedder, mode] for source in variant.sources}, suffix
+
+
+def language_tables(data, files, seed, shuffled):
+    """Language vectors of the dataset's genes: unique vocabulary rows (R,) and {source: (R, width) float32}.
+
+    A gene without a text, or outside the vocabulary, gets a vector drawn from U(-0.1, 0.1). `shuffled` permutes the texts'
+    vectors among the genes that have one.
+    """
+    token_ids, first = np.unique(data.token_ids, return_index=True)
+    tables = {}
+    for i, (source, path) in enumerate(files.items()):
+        rng = np.random.default_rng([seed, 2, i])
+        with shared.open_h5(path, f"02_embed.py --source {source}", ("genes", "vectors")) as file:
+            row_of = {gene: row for row, gene in enumerate(file["genes"].asstr()[:])}
+            vectors = file["vectors"][:]
+        if vectors.ndim != 2 or len(vectors) != len(row_of) or not np.isfinite(vectors).all():
+            sys.exit(f"error: {path}: vectors is not a finite array with a row for every gene")
+        rows = np.array([-1 if token == data.pad_id else row_of.get(data.genes[j], -1) for token, j in zip(token_ids, first)])
+        has_text = np.flatnonzero(rows >= 0)
+        if not len(has_text):
+            sys.exit(f"error: {path}: has no vector for any gene of the dataset ({data.genes[0]}, ...)")
+        source_rows = rows[has_text]
+        if shuffled:
+            source_rows = rng.permutation(source_rows)
+        table = rng.uniform(-0.1, 0.1, (len(token_ids), vectors.shape[1])).astype(np.float32)
+        table[has_text] = vectors[source_rows]
+        tables[source] = table
+        print(f"  {source}: {len(has_text):,} of {len(data.genes):,} genes have a text, {vectors.shape[1]}-dimensional vectors from {path.name}"
+              + (" (SHUFFLED among genes)" if shuffled else ""))
+    return token_ids, tables
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and processes
+
+def choose_device(name):
+    """The torch device of --device; `auto` takes CUDA where it is, else the CPU."""
+    import torch
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def mixed_precision(device):
+    """Autocast context for `device`: bfloat16 (float16 on older GPUs) on CUDA, float32 elsewhere; and its dtype."""
+    import torch
+    if device.type != "cuda":
+        return contextlib.nullcontext, torch.float32
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return lambda: torch.autocast("cuda", dtype=dtype), dtype
+
+
+def process_group(device):
+    """(rank, number of processes) under torchrun, whose processes it connects; (0, 1) otherwise."""
+    import torch.distributed as dist
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def build_model(variant, sizes, options, data, files, seed, pretrained):
+    """The network of a variant with its starting weights; `pretrained` is scGPT's best_model.pt or None."""
+    import torch
+    import model
+    torch.manual_seed(seed)
+    token_ids, tables = language_tables(data, files, seed, variant.shuffled) if files else (None, {})
+    config = model.Config(n_tokens=int(data.n_tokens), pad_id=int(data.pad_id), **sizes, dropout=options["dropout"],
+                          attention_dropout=options["attention_dropout"], has_tokens=variant.has_tokens, has_counts=variant.has_counts,
+                          languages={source: table.shape[1] for source, table in tables.items()},
+                          n_language_rows=0 if token_ids is None else len(token_ids))
+    try:
+        net = model.ScGenePT(config)
+        if tables:
+            net.set_language(token_ids, tables)
+        if pretrained and variant.pretrained:
+            taken, left = model.load_pretrained(net, pretrained)
+            parts = sorted({key.split(".")[0] for key in taken})
+            print(f"  pretrained: {len(taken)} tensors of {', '.join(parts)} from {pretrained}; not used: "
+                  + (", ".join(sorted({key.split(".")[0] for key in left})) or "nothing"))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    return net
+
+
+def train(run, net, data, options, seed, device, rank, n_processes):
+    """Train `net` in the folder `run`, from its state.pt if there is one; leaves model.pt, state.pt and log.csv.
+
+    Everything random comes from (seed, epoch): a run that was killed and goes on gives the numbers of one that was not.
+    Returns the best epoch and its validation error.
+    """
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
+    import model as model_file
+
+    net.to(device)
+    gene_ids, measured = torch.from_numpy(data.token_ids.astype(np.int64)).to(device), torch.from_numpy(data.measured).to(device)
+    expression = expression_reader(data.X, device)
+    input_cell = pair_cells(data, seed)
+    cell_split = data.split[data.cell_condition]
+    train_cells, val_cells = np.flatnonzero(np.isin(cell_split, ["train", "ctrl"])), np.flatnonzero(cell_split == "val")
+    batch_size = options["batch_size"]
+    n_steps = len(train_cells) // batch_size  # the last, partial batch is dropped, as in the paper's runs
+    if not n_steps:
+        sys.exit(f"error: {len(train_cells)} training cells are fewer than one batch; lower --batch-size {batch_size}")
+
+    autocast, dtype = mixed_precision(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=options["lr"], fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
+    log, best_epoch, best_val = [], 0, math.inf
+    if (run / "state.pt").exists():
+        try:
+            state = torch.load(run / "state.pt", map_location=device, weights_only=True)
+        except Exception as error:
+            sys.exit(f"error: {run / 'state.pt'}: cannot be read ({str(error).splitlines()[0]}); --force trains anew")
+        for part, name in ((net, "model"), (optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
+            part.load_state_dict(state[name])
+        log, best_epoch, best_val = state["log"], state["best_epoch"], state["best_val"]
+        if rank == 0:
+            print(f"  goes on after epoch {len(log)}")
+            if best_epoch == len(log):  # it may have been killed between state.pt and model.pt
+                model_file.save(net, run / "model.pt")
+    parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+
+    def errors(predict, cells, genes):
+        """Squared error summed over a batch's cells and measured genes, and the number of those entries."""
+        cells = cells[rank::n_processes]
+        flags = torch.from_numpy(perturbed_flags(data, cells, genes)).to(device, non_blocking=True)
+        genes_here = torch.from_numpy(genes).to(device, non_blocking=True)
+        with autocast():
+            predicted = predict(gene_ids[genes_here], expression(input_cell[cells], genes), flags)
+        counts = measured[genes_here]
+        return ((predicted.float() - expression(cells, genes)) ** 2 * counts).sum(), counts.sum() * len(cells)
+
+    def over_processes(values):
+        values = torch.stack(values)
+        if n_processes > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    while len(log) < options["epochs"] and len(log) - best_epoch < PATIENCE:
+        epoch = len(log) + 1
+        started = time.perf_counter()
+        rng = np.random.default_rng([seed, 1, epoch])
+        torch.manual_seed((seed * 1000 + epoch) * 1000 + rank)  # dropout
+        parallel.train()
+        total, steps = torch.zeros((), device=device), batches(data, rng.permutation(train_cells)[:n_steps * batch_size], batch_size,
+                                                               options["genes_per_batch"], rng, options["targets_in_batch"])
+        progress = tqdm(steps, f"  epoch {epoch}", n_steps, unit_scale=batch_size, unit=" cells", leave=False, disable=None if rank == 0 else True)
+        for step, (cells, genes) in enumerate(progress, 1):
+            squared, n = errors(parallel, cells, genes)
+            loss = squared / n
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            total += loss.detach()
+            if device.type == "cpu" or step % 50 == 0 or step == n_steps:  # reading a loss makes a GPU wait
+                if not math.isfinite(total.item()):
+                    sys.exit(f"error: {run}: the loss is {loss.item()} in epoch {epoch}, batch {step}; lower --lr {options['lr']:g}"
+                             + (f"; model.pt holds epoch {best_epoch}" if best_epoch else ""))
+                progress.set_postfix(mse=f"{total.item() / step:.4g}")
+        train_mse = over_processes([total / n_steps / n_processes])[0]
+        parallel.eval()
+        squared, n = torch.zeros((), device=device), torch.zeros((), device=device)
+        with torch.no_grad():  # the same genes after every epoch, so that epochs compare
+            for cells, genes in batches(data, val_cells, batch_size, options["genes_per_batch"], np.random.default_rng([seed, 3])):
+                s, m = errors(net, cells, genes)
+                squared, n = squared + s, n + m
+        squared, n = over_processes([squared, n])
+        val_mse = squared / n
+        if not math.isfinite(val_mse):
+            sys.exit(f"error: {run}: the validation error is {val_mse} after epoch {epoch}; lower --lr {options['lr']:g}")
+        seconds = time.perf_counter() - started
+        n_cells = n_steps * batch_size + len(val_cells)
+        log.append(dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, schedule.get_last_lr()[0], seconds, n_cells / seconds))))
+        schedule.step()
+        if val_mse < best_val:
+            best_epoch, best_val = epoch, val_mse
+        if rank == 0:
+            print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f}{' *' if best_epoch == epoch else '  '}  "
+                  f"{seconds:.1f} s  {n_cells / seconds:,.0f} cells/s", flush=True)
+            with shared.replacing(run / "state.pt") as partial:  # the truth after a kill; model.pt and log.csv follow from it
+                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                            "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, partial)
+            if best_epoch == epoch:
+                model_file.save(net, run / "model.pt")
+            write_log(run / "log.csv", log)
+    if rank == 0:
+        write_log(run / "log.csv", log)
+    return best_epoch, best_val
+
+
+def write_log(path, log):
+    """log.csv: a line an epoch, numbers written so that they read back exactly."""
+    rows = [",".join(LOG_COLUMNS)] + [",".join(repr(row[column]) for column in LOG_COLUMNS) for row in log]
+    shared.write_text(path, "\n".join(rows) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def options():
+    parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
+    add = parser.add_argument
+    add("--variant", nargs="+", default=VARIANTS, metavar="NAME", help=f"default: {' '.join(VARIANTS)}")
+    add("--seed", nargs="+", type=int, default=[42], metavar="N", help="default: 42; the paper's: 42 23 89 30 12")
+    add("--embedder", metavar="NAME", help="whose vectors, where a source has several (default: the only ones, else published)")
+    add("--mode", choices=("concat", "avg"), help="which vectors, where a source has both (default: the only ones, else concat)")
+    add("--epochs", type=int, metavar="N", help="at most; default: 20, the demo's: 12")
+    add("--batch-size", type=int, metavar="N", help="cells a batch; default: 64")
+    add("--lr", type=float, metavar="X", help="learning rate of Adam, times 0.9 after each epoch; default: 1e-4, the demo's: 1e-3")
+    add("--genes-per-batch", type=int, metavar="N", help="genes drawn for a batch; default: 1536")
+    add("--targets-in-batch", action="store_true", help="the genes drawn for a batch contain its cells' targets (the paper's need not)")
+    add("--dropout", type=float, metavar="X", help="default: 0.2")
+    add("--attention-dropout", type=float, metavar="X", help="of attention probabilities; default: as --dropout, but 0 on a CPU, whose "
+        "fast attention has none")
+    add("--pretrained", type=Path, metavar="DIR", help="folder with scGPT's best_model.pt, args.json, vocab.json (default: "
+        "data/human/scgpt/, fetched; the demo trains from scratch)")
+    add("--no-pretrained", action="store_true", help="start from random weights, with the sizes that follow")
+    for name, value in SCRATCH_SIZES.items():
+        add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {value}; pretrained: as in args.json")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    return parser.parse_args()
+
+
+def main():
+    args = options()
+    is_demo = shared.space_of(args.dataset) == "demo"
+    defaults = DEMO_DEFAULTS if is_demo else DEFAULTS
+    of_dataset = "" if is_demo else f" --dataset {args.dataset}"
+    settings = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
+    for name in ("epochs", "batch_size", "lr", "genes_per_batch"):
+        if settings[name] <= 0:
+            sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= (settings.get(name, getattr(args, name)) or 0) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} has to be from 0 to below 1")
+
+    dataset_path = args.root / "data" / args.dataset / "dataset.h5"
+    embeddings = embeddings_of(args.root / "data" / shared.space_of(args.dataset) / "embeddings")
+    variants = [parse_variant(name, {*shared.SOURCES, *embeddings}) for name in args.variant]
+    files = [choose_embeddings(v, embeddings, args.embedder, args.mode, f"python 02_embed.py{of_dataset}") for v in variants]
+    data = load_dataset(dataset_path, f"03_prepare_data.py{of_dataset}")
+
+    # Sizes: scGPT's own, or of a network from scratch
+    sizes = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in SCRATCH_SIZES.items()}
+    pretrained, inputs = None, [dataset_path]
+    if not (args.no_pretrained or is_demo):
+        if data.vocab == "own genes":
+            sys.exit(f"error: {dataset_path} has its own vocabulary, which fits no pretrained model: add --no-pretrained")
+        for name in SCRATCH_SIZES:
+            if getattr(args, name) is not None:
+                sys.exit(f"error: --{name.replace('_', '-')} goes with --no-pretrained; the pretrained model has its own sizes")
+        folder = args.pretrained or args.root / "data" / "human" / "scgpt"
+        for name in PRETRAINED_FILES:
+            if not args.pretrained:
+                shared.download(PRETRAINED_URL + name, folder / name)
+            elif not (folder / name).exists():
+                sys.exit(f"error: {folder / name} does not exist; --pretrained takes a folder with {', '.join(PRETRAINED_FILES)}")
+        if shared.fingerprint(folder / "vocab.json") != data.vocab:
+            sys.exit(f"error: {dataset_path} was made with another vocabulary than {folder / 'vocab.json'}; "
+                     f"run: python 03_prepare_data.py{of_dataset} --vocab {folder / 'vocab.json'}")
+        pretrained = folder / "best_model.pt"
+        inputs.append(pretrained)
+        try:
+            saved = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+            sizes = {"d_model": saved["embsize"], "n_layers": saved["nlayers"], "n_heads": saved["nheads"], "d_hid": saved["d_hid"]}
+        except (ValueError, KeyError, TypeError) as error:
+            sys.exit(f"error: {folder / 'args.json'}: not scGPT's settings ({error!r})")
+
+    import torch
+    device = choose_device(args.device)
+    rank, n_processes = process_group(device)
+    if settings["batch_size"] % n_processes:
+        sys.exit(f"error: --batch-size {settings['batch_size']} is not a multiple of the {n_processes} processes")
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    settings["attention_dropout"] = args.attention_dropout if args.attention_dropout is not None else \
+        0.0 if device.type == "cpu" else settings["dropout"]
+    settings["targets_in_batch"] = args.targets_in_batch
+    print(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, {mixed_precision(device)[1]}".replace("torch.", "")
+          + (f", {n_processes} processes" if n_processes > 1 else ""))
+    print(f"dropout {settings['dropout']:g}, attention dropout {settings['attention_dropout']:g}"
+          + (" (off: the CPU's fast attention has none; --attention-dropout 0.2 turns it on)"
+             if device.type == "cpu" and args.attention_dropout is None and settings["dropout"] else ""))
+    if settings["targets_in_batch"]:
+        print("targets in batch: the drawn genes contain the targets of the batch's cells (unlike the paper's runs)")
+
+    for variant, (vectors, suffix) in zip(variants, files):
+        suffix = suffix + ["targets-in-batch"] * settings["targets_in_batch"]
+        for seed in args.seed:
+            run = args.root / "runs" / args.dataset / ",".join([variant.name, *suffix]) / f"seed{seed}"
+            made = shared.made_from({**settings, **sizes, "pretrained": bool(pretrained)}, [*inputs, *vectors.values()])
+            config = {"variant": ",".join([variant.name, *suffix]), "seed": seed, "sources": variant.sources,
+                      "embeddings": {source: path.name for source, path in vectors.items()}, **shared.provenance(made)}
+            print(f"{config['variant']}, seed {seed} -> {run}")
+            if not is_to_be_trained(run, config, args.force, rank, n_processes):
+                continue
+            net = build_model(variant, sizes, settings, data, vectors, seed, pretrained)
+            n_parameters = sum(p.numel() for p in net.parameters())
+            print(f"  {n_parameters:,} parameters; {(np.isin(data.split[data.cell_condition], ['train', 'ctrl'])).sum():,} training cells, "
+                  f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
+            best_epoch, best_val = train(run, net, data, settings, seed, device, rank, n_processes)
+            print(f"  best epoch {best_epoch}, validation MSE {best_val:.5f}")
+            if rank == 0:
+                shared.write_text(run / "config.json", json.dumps(config | {"n_parameters": n_parameters, "best_epoch": best_epoch,
+                                                                            "best_val_mse": best_val, "finished": True}, indent=1))
+    print(f"next: python 05_eval.py{of_dataset}")
+    if n_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def is_to_be_trained(run, config, force, rank, n_processes):
+    """Whether the run is new or unfinished; writes its config.json. Ends when the folder's run had other options or inputs."""
+    import torch.distributed as dist
+    path, old = run / "config.json", None
+    if path.exists() and not force:
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            words = shared.difference(old["made_from"], config["made_from"])
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"error: {path}: not a run's config.json; --force trains anew")
+        if words:
+            sys.exit(f"error: {run} was trained otherwise ({words}); --force trains anew, or give another --root")
+    if n_processes > 1:
+        dist.barrier()  # all have looked before one writes
+    if old and old.get("finished"):
+        print("  finished already (--force trains anew)")
+        return False
+    if rank == 0:
+        if force and run.exists():
+            shutil.rmtree(run)
+        if not old:
+            shared.write_text(path, json.dumps(config | {"finished": False}, indent=1))
+    if n_processes > 1:
+        dist.barrier()
+    return True
+
+
+if __name__ == "__main__":
+    shared.run(main)
