@@ -45,11 +45,18 @@ def pearson(a, b, is_used):
 
     0 where it is undefined: where a row is constant up to rounding.
     """
-    a = np.where(is_used, a - _mean(a, is_used)[:, None], 0)
-    b = np.where(is_used, b - _mean(b, is_used)[:, None], 0)
-    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    (a, norm_a), (b, norm_b) = _centred(a, is_used), _centred(b, is_used)
     defined = (norm_a > 0) & (norm_b > 0)
     return np.where(defined, (a * b).sum(1) / np.where(defined, norm_a * norm_b, 1), 0)
+
+
+def _centred(a, is_used):
+    """Rows minus their means, and their norms; the norm of a row that is constant up to rounding is 0."""
+    mean = _mean(a, is_used)[:, None]
+    centred = np.where(is_used, a - mean, 0)
+    norm = np.linalg.norm(centred, axis=1)
+    rounding = 1e-13 * np.abs(mean[:, 0]) * np.sqrt(is_used.sum(1))
+    return centred, np.where(norm > rounding, norm, 0)
 
 
 def _mean(a, is_used):

@@ -320,7 +320,7 @@ def _read(path):
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a broken or refused file
-        raise ValueError(f"{path}: not a readable torch file of plain tensors ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a readable torch file of plain tensors ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
     if not isinstance(file, dict):
         raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of tensors")
     return file

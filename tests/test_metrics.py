@@ -1,0 +1,64 @@
+"""metrics.py: equal to what GEARS computes, to scipy, and to plain loops."""
+import numpy as np
+import pytest
+import scipy.stats
+
+import metrics
+from conftest import GOLDEN
+
+
+def profiles(seed, P=7, G=40):
+    rng = np.random.default_rng(seed)
+    de_idx = np.stack([rng.permutation(G)[:20] for _ in range(P)])
+    return rng.random((P, G)), rng.random((P, G)), rng.random(G), de_idx
+
+
+def test_scores_are_those_of_gears():
+    golden = np.load(GOLDEN / "metrics.npz")
+    scores = metrics.evaluate(golden["pred"], golden["true"], golden["ctrl"], golden["de_idx"])
+    assert set(scores) == {"mse_all", "mse_top20", "pearson_all", "pearson_top20", "pearson_delta_all", "pearson_delta_top20"}
+    for name, values in scores.items():
+        np.testing.assert_allclose(values, golden[name], atol=1e-6, err_msg=name)
+
+
+def test_scores_are_those_of_a_loop_over_conditions_with_scipy():
+    pred, true, ctrl, de_idx = profiles(0)
+    de_idx[2, 12:] = -1  # a condition with only 12 ranked genes
+    scores = metrics.evaluate(pred, true, ctrl, de_idx)
+    for i in range(len(pred)):
+        top = de_idx[i][de_idx[i] >= 0]
+        for name, genes in (("all", slice(None)), ("top20", top)):
+            p, t, c = pred[i][genes], true[i][genes], ctrl[genes]
+            assert scores[f"mse_{name}"][i] == pytest.approx(np.mean((p - t) ** 2))
+            assert scores[f"pearson_{name}"][i] == pytest.approx(scipy.stats.pearsonr(p, t)[0])
+            assert scores[f"pearson_delta_{name}"][i] == pytest.approx(scipy.stats.pearsonr(p - c, t - c)[0])
+
+
+def test_an_undefined_correlation_counts_as_zero():
+    pred, true, ctrl, de_idx = profiles(1)
+    pred[0] = ctrl          # no change: its delta is constant
+    pred[1] = 0.3           # a constant profile
+    with np.errstate(all="raise"):
+        scores = metrics.evaluate(pred, true, ctrl, de_idx)
+    assert scores["pearson_delta_all"][0] == scores["pearson_delta_top20"][0] == scores["pearson_all"][1] == scores["pearson_top20"][1] == 0
+    assert scores["pearson_all"][0] != 0
+
+
+def test_shapes_that_disagree_and_genes_that_are_not_there_are_errors():
+    pred, true, ctrl, de_idx = profiles(2)
+    for bad in ((pred[:, 1:], true, ctrl, de_idx), (pred, true, ctrl[1:], de_idx), (pred, true, ctrl, de_idx[1:]), (pred, true, ctrl, de_idx + 40)):
+        with pytest.raises(ValueError):
+            metrics.evaluate(*bad)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 31, 32, 200])
+def test_interval95_is_students(n):
+    values = np.random.default_rng(n).normal(size=n)
+    mean, half_width = metrics.interval95(values)
+    low, high = scipy.stats.t.interval(0.95, n - 1, values.mean(), scipy.stats.sem(values))
+    assert mean == pytest.approx(values.mean()) and half_width == pytest.approx((high - low) / 2, rel=2e-3 if n > 31 else 1e-4)
+
+
+def test_interval95_of_one_value_is_undefined():
+    mean, half_width = metrics.interval95([0.5])
+    assert mean == 0.5 and np.isnan(half_width)
