@@ -1,0 +1,354 @@
+"""03_prepare_data.py: the paper's split, differential expression, AnnData files of both encodings, and bad input."""
+import json
+import zipfile
+from collections import Counter
+
+import h5py
+import numpy as np
+import pytest
+import scipy.stats
+from scipy import sparse
+
+from conftest import GOLDEN, error_of, run_script
+
+
+@pytest.fixture(scope="module")
+def prepare(stage):
+    return stage("03_prepare_data")
+
+
+@pytest.fixture(scope="module")
+def norman(prepare):
+    """The 284 condition labels of the published Norman file, as {label: targets}."""
+    lines = (GOLDEN / "norman_conditions.tsv").read_text().splitlines()[1:]
+    return {label: prepare.parse_condition(label) for label in (line.split("\t")[0] for line in lines)}
+
+
+# --- split
+
+def test_the_split_of_norman_is_the_papers(prepare, norman):
+    perturbed = {label: targets for label, targets in norman.items() if targets}
+    split, subgroup = prepare.split_conditions(perturbed, seed=1)
+    sizes = Counter((split[label], subgroup.get(label, "")) for label in perturbed)
+    assert sizes == {("train", ""): 137,
+                     ("test", "unseen_single"): 37, ("test", "combo_seen0"): 9, ("test", "combo_seen1"): 52, ("test", "combo_seen2"): 18,
+                     ("val", "unseen_single"): 14, ("val", "combo_seen1"): 11, ("val", "combo_seen2"): 5}
+
+
+def test_no_held_out_gene_is_perturbed_in_training(prepare, norman):
+    perturbed = {label: targets for label, targets in norman.items() if targets}
+    split, subgroup = prepare.split_conditions(perturbed, seed=1)
+    trained = {gene for label, targets in perturbed.items() if split[label] == "train" for gene in targets}
+    n_seen = {"unseen_single": 0, "combo_seen0": 0, "combo_seen1": 1}
+    for label in perturbed:
+        if split[label] == "test" and subgroup[label] in n_seen:
+            assert sum(gene in trained for gene in perturbed[label]) <= n_seen[subgroup[label]]
+
+
+def test_the_split_depends_on_the_seed_not_on_the_order_of_labels(prepare, norman):
+    perturbed = {label: targets for label, targets in norman.items() if targets}
+    shuffled = {label: perturbed[label] for label in sorted(perturbed, key=hash)}
+    assert prepare.split_conditions(shuffled, 1) == prepare.split_conditions(perturbed, 1)
+    assert prepare.split_conditions(perturbed, 2) != prepare.split_conditions(perturbed, 1)
+
+
+@pytest.mark.parametrize("label", ["A+", "+A", "A+A", "ctrl+ctrl", "", "A + B", "A++B"])
+def test_a_label_of_unknown_form_is_an_error(prepare, label):
+    with pytest.raises(SystemExit, match="condition"):
+        prepare.parse_condition(label)
+
+
+def test_labels_give_their_targets_whatever_the_place_of_control(prepare):
+    assert prepare.parse_condition("A+ctrl") == prepare.parse_condition("ctrl+A") == ["A"]
+    assert prepare.parse_condition("A+B+C") == ["A", "B", "C"] and prepare.parse_condition("ctrl") == []
+    assert prepare.parse_condition("NT", control="NT") == []
+
+
+def test_a_split_of_the_users_names_its_subgroups(prepare, tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"train": ["A+ctrl", "B+C"], "val": ["B+ctrl"], "test": ["D+ctrl", "A+B", "A+D", "D+E"]}))
+    targets_of = {label: prepare.parse_condition(label) for label in ["A+ctrl", "B+C", "B+ctrl", "D+ctrl", "A+B", "A+D", "D+E"]}
+    split, subgroup = prepare.split_from_json(path, targets_of)
+    assert split["B+C"] == "train" and split["B+ctrl"] == "val"
+    assert subgroup == {"D+ctrl": "unseen_single", "A+B": "combo_seen2", "A+D": "combo_seen1", "D+E": "combo_seen0"}
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "not JSON"), ('{"train": []}', "expected"), ('{"train": ["A+ctrl"], "val": ["A+ctrl"], "test": []}', "'A\\+ctrl' stands twice"),
+    ('{"train": ["A+ctrl"], "val": ["Z+ctrl"], "test": []}', "'Z\\+ctrl' has no cells"),
+    ('{"train": [], "val": [], "test": []}', "'A\\+ctrl' of the data is in none")])
+def test_a_bad_split_file_is_an_error_that_names_the_condition(prepare, tmp_path, content, message):
+    path = tmp_path / "split.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        prepare.split_from_json(path, {"A+ctrl": ["A"]})
+
+
+# --- differential expression
+
+def test_moments_and_ranking_are_those_of_scipys_welch_test(prepare):
+    rng = np.random.default_rng(0)
+    dense = rng.poisson(rng.gamma(1, 1, 60), (200, 60)) * rng.random((200, 60))
+    dense[:80, :30] *= 1.7
+    dense[:, 5] = 0  # a gene that no cell expresses
+    condition = np.repeat([0, 1, 2], [80, 40, 80])
+    mean, variance = prepare.moments(sparse.csr_matrix(dense), condition, 3)
+    for c in range(3):
+        np.testing.assert_allclose(mean[c], dense[condition == c].mean(0), atol=1e-12)
+        np.testing.assert_allclose(variance[c], dense[condition == c].var(0, ddof=1), atol=1e-12)
+    de_idx = prepare.rank_de(mean, variance, np.array([80, 40, 80]), ctrl=2, n_measured=60)
+    assert (de_idx[2] == -1).all()
+    for c in range(2):
+        t = scipy.stats.ttest_ind(dense[condition == c], dense[condition == 2], equal_var=False).statistic
+        np.testing.assert_array_equal(de_idx[c], np.argsort(-np.abs(np.nan_to_num(t)), kind="stable")[:20])
+
+
+def test_only_measured_genes_are_ranked(prepare):
+    mean = np.array([[0.0, 9, 1], [0, 0, 0]])
+    de_idx = prepare.rank_de(mean, np.ones((2, 3)), np.array([5, 5]), ctrl=1, n_measured=2)
+    assert de_idx[0].tolist() == [1, 0] + [-1] * 18
+
+
+def test_normalization_scales_to_the_median_total_and_takes_the_log(prepare):
+    counts = np.array([[1, 2, 0], [4, 0, 4], [0, 5, 0]], dtype=float)
+    expected = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
+    np.testing.assert_allclose(prepare.normalized(sparse.csr_matrix(counts)).toarray(), expected, rtol=1e-6)
+
+
+# --- AnnData files
+
+GENES = [f"GENE{i}" for i in range(30)]
+LABELS = ["ctrl"] * 40 + [f"{gene}+ctrl" for gene in GENES[:10] for _ in range(6)] + [f"GENE{i}+GENE{i + 1}" for i in range(6) for _ in range(6)] \
+    + ["UNMEASURED+ctrl"] * 6
+
+
+def expression(seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.poisson(1.0, (len(LABELS), len(GENES))) * rng.uniform(0.5, 1.5, (len(LABELS), len(GENES)))).astype(np.float32)
+
+
+def write_h5ad(path, encoding="old", X="csr", dense=None, labels=LABELS, genes=GENES, rankings=True):
+    """A small file laid out as GEARS' are, in the older or the newer AnnData encoding, X as CSR, CSC or dense."""
+    dense = expression() if dense is None else dense
+
+    def strings(group, name, values):
+        group.create_dataset(name, data=np.array(values, dtype=object), dtype=h5py.string_dtype())
+
+    def column(table, name, values):
+        categories, codes = np.unique(values, return_inverse=True)
+        if encoding == "old":
+            strings(table.require_group("__categories"), name, categories)
+            table[name] = codes.astype(np.int8)
+            table[name].attrs["categories"] = table["__categories"][name].ref
+        elif encoding == "new":
+            group = table.create_group(name)
+            group.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
+            strings(group, "categories", categories)
+            group["codes"] = codes.astype(np.int8)
+        else:
+            strings(table, name, values)
+
+    with h5py.File(path, "w") as file:
+        obs, var = file.create_group("obs"), file.create_group("var")
+        for table in (obs, var):
+            table.attrs.update({"_index": "_index", "encoding-type": "dataframe", "encoding-version": "0.1.0"})
+        strings(obs, "_index", [f"cell{i}" for i in range(len(labels))])
+        column(obs, "condition", labels)
+        column(obs, "condition_name", [f"K562_{label}_{'1' if label == 'ctrl' else '1+1'}" for label in labels])
+        strings(var, "_index", [f"ENSG{i:011d}" for i in range(len(genes))])
+        column(var, "gene_name", genes)
+        if X == "dense":
+            file["X"] = dense
+        else:
+            matrix = sparse.csr_matrix(dense) if X == "csr" else sparse.csc_matrix(dense)
+            group = file.create_group("X")
+            group.attrs.update({"encoding-type": f"{X}_matrix", "encoding-version": "0.1.0", "shape": dense.shape})
+            group["data"], group["indices"], group["indptr"] = matrix.data, matrix.indices, matrix.indptr
+        if rankings:  # an order that no test would give
+            for i, label in enumerate(sorted(set(labels) - {"ctrl"})):
+                strings(file, f"uns/rank_genes_groups_cov_all/K562_{label}_1+1", [f"ENSG{(g + i) % len(genes):011d}" for g in range(len(genes))])
+    return path
+
+
+def prepared(tmp_path, *options, file="cells.h5ad", **kwargs):
+    path = write_h5ad(tmp_path / file, **kwargs) if not (tmp_path / file).exists() else tmp_path / file
+    done = run_script("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", *options, root=tmp_path)
+    return done, h5py.File(tmp_path / "data/mine/dataset.h5")
+
+
+def arrays_of(file):
+    return {name: file[name].asstr()[:] if h5py.check_string_dtype(file[name].dtype) else file[name][:]
+            for name in ("X/data", "X/indices", "X/indptr", "genes", "token_ids", "measured", "conditions", "cell_condition", "targets", "split",
+                         "subgroup", "mean", "de_idx")}
+
+
+def test_every_array_of_dataset_h5_is_what_the_design_says(tmp_path):
+    done, file = prepared(tmp_path)
+    with file:
+        data, dense = arrays_of(file), expression()
+        assert file.attrs["format_version"] == 1 and not file.attrs["synthetic"]
+    n_genes = len(GENES) + 1
+    assert data["genes"].tolist() == GENES + ["UNMEASURED"] and data["measured"].tolist() == [True] * 30 + [False]
+    assert data["token_ids"].tolist() == list(range(n_genes))
+    X = sparse.csr_matrix((data["X/data"], data["X/indices"], data["X/indptr"]), shape=(len(LABELS), n_genes)).toarray()
+    np.testing.assert_array_equal(X[:, :30], dense)
+    assert not X[:, 30].any() and data["X/data"].dtype == np.float32
+    assert data["conditions"][data["cell_condition"]].tolist() == LABELS
+    for c, label in enumerate(data["conditions"]):
+        of_label = [gene for gene in label.split("+") if gene != "ctrl"]
+        assert [data["genes"][t] for t in data["targets"][c] if t >= 0] == of_label and data["targets"].shape[1] == 2
+        np.testing.assert_allclose(data["mean"][c, :30], dense[np.array(LABELS) == label].mean(0), rtol=1e-5)
+        assert (data["split"][c] == "ctrl") == (label == "ctrl") and (data["subgroup"][c] == "") == (data["split"][c] in ("ctrl", "train"))
+    assert "10 of 11 targets are measured; 1 join as unmeasured genes" in done.stdout
+
+
+def test_rankings_of_the_file_are_taken_by_gene_id_and_computed_without_them(tmp_path):
+    _, file = prepared(tmp_path)
+    with file:
+        data = arrays_of(file)
+    perturbed = [c for c, label in enumerate(data["conditions"]) if label != "ctrl"]
+    for i, c in enumerate(perturbed):
+        assert data["de_idx"][c].tolist() == [(g + i) % 30 for g in range(20)]
+    (tmp_path / "cells.h5ad").unlink()
+    done, file = prepared(tmp_path, rankings=False)
+    with file:
+        assert "stale" in done.stdout and "computed (t-test" in done.stdout and not np.array_equal(file["de_idx"][:], data["de_idx"])
+
+
+@pytest.mark.parametrize("encoding, X", [("new", "csr"), ("plain", "csr"), ("old", "csc"), ("new", "dense")])
+def test_every_encoding_gives_the_same_dataset(tmp_path, encoding, X):
+    _, file = prepared(tmp_path)
+    with file:
+        expected = arrays_of(file)
+    (tmp_path / "other").mkdir()
+    _, file = prepared(tmp_path / "other", encoding=encoding, X=X)
+    with file:
+        for name, values in arrays_of(file).items():
+            np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_a_gears_zip_gives_the_same_as_its_h5ad_and_leaves_nothing_unpacked(tmp_path):
+    _, file = prepared(tmp_path)
+    with file:
+        expected = arrays_of(file)
+    (tmp_path / "zip").mkdir()
+    with zipfile.ZipFile(tmp_path / "zip/gears.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "cells.h5ad", "norman/perturb_processed.h5ad")
+        archive.writestr("norman/go.csv", "source,target\n")
+    _, file = prepared(tmp_path / "zip", file="gears.zip")
+    with file:
+        for name, values in arrays_of(file).items():
+            np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    assert sorted(path.name for path in (tmp_path / "zip/data/mine").iterdir()) == ["dataset.h5"]
+
+
+def test_the_dense_counts_layer_is_never_read(tmp_path):
+    path = write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(path, "a") as file:  # filters that do not exist here: reading the layer would be an error
+        file.create_dataset("layers/counts", shape=(len(LABELS), 30), dtype="f4", chunks=(10, 30), compression=None, external=None)
+        before = path.stat().st_size
+        file["layers/counts"].id.write_direct_chunk((0, 0), b"junk", filter_mask=0) if False else None
+    prepared(tmp_path)[1].close()
+    assert before
+
+
+def test_genes_take_the_rows_of_the_vocabulary_and_pad_where_they_are_absent(tmp_path):
+    vocab = {"<pad>": 0, "GENE3": 1, "UNMEASURED": 2, "OTHER": 3}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    done, file = prepared(tmp_path, "--vocab", tmp_path / "vocab.json")
+    with file:
+        rows = dict(zip(file["genes"].asstr()[:], file["token_ids"][:].tolist()))
+        assert file.attrs["n_tokens"] == 4 and file.attrs["pad_id"] == 0
+    assert rows == {gene: vocab.get(gene, 0) for gene in rows} and "1 of 30 genes are in the vocabulary" in done.stdout
+
+
+def test_counts_are_normalized_on_request(prepare, tmp_path):
+    counts = np.random.default_rng(1).poisson(3, (len(LABELS), 30)).astype(np.float32)
+    _, file = prepared(tmp_path, "--normalize", dense=counts)
+    with file:
+        np.testing.assert_array_equal(file["X/data"][:], prepare.normalized(sparse.csr_matrix(counts)).data)
+
+
+def test_a_second_call_does_nothing_and_force_does_it_again(tmp_path):
+    _, file = prepared(tmp_path)
+    file.close()
+    path = tmp_path / "data/mine/dataset.h5"
+    first = path.stat().st_mtime_ns
+    done, file = prepared(tmp_path)
+    file.close()
+    assert "there already" in done.stdout and path.stat().st_mtime_ns == first
+    _, file = prepared(tmp_path, "--force")
+    file.close()
+    assert path.stat().st_mtime_ns != first
+
+
+def spoil(path, how):
+    with h5py.File(path, "a") as file:
+        how(file)
+
+
+BAD_INPUT = {
+    "no AnnData file": (lambda f: f.pop("obs"), [], "no obs in it"),
+    "no condition column": (lambda f: f["obs"].pop("condition"), [], "no column 'condition'"),
+    "no such gene column": (lambda f: None, ["--gene-key", "symbol"], "no column 'symbol'"),
+    "no such control": (lambda f: None, ["--control", "NT"], "no condition 'NT'"),
+    "NaN": (lambda f: f["X/data"].__setitem__(3, np.nan), [], "NaN"),
+    "negative": (lambda f: f["X/data"].__setitem__(3, -1), [], "negative"),
+    "raw counts": (lambda f: f["X/data"].__setitem__(slice(None), 2), [], "--normalize"),
+    "indices out of range": (lambda f: f["X/indices"].__setitem__(0, 30), [], "damaged"),
+    "indptr not ascending": (lambda f: f["X/indptr"].__setitem__(3, 10**6), [], "damaged"),
+    "shapes disagree": (lambda f: f["X"].attrs.__setitem__("shape", (len(LABELS), 31)), [], "31, but there are"),
+    "no X": (lambda f: f.pop("X"), [], "no X in it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_that_names_file_and_cause(tmp_path, name):
+    how, options, message = BAD_INPUT[name]
+    path = write_h5ad(tmp_path / "cells.h5ad")
+    spoil(path, how)
+    error = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", *options, root=tmp_path)
+    assert "cells.h5ad" in error and message in error
+    assert not (tmp_path / "data/mine/dataset.h5").exists()
+
+
+def test_a_condition_without_cells_is_an_error(tmp_path):
+    path = write_h5ad(tmp_path / "cells.h5ad", encoding="new")
+    with h5py.File(path, "a") as file:
+        codes = file["obs/condition/codes"][:]
+        file["obs/condition/codes"][:] = np.where(codes == 3, 2, codes)
+    assert "has no cells" in error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"<!doctype html>", b"\x89HDF\r\n\x1a\n and no more"])
+def test_a_file_of_another_kind_is_an_error(tmp_path, content):
+    (tmp_path / "cells.h5ad").write_bytes(content)
+    assert "cells.h5ad" in error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", tmp_path / "cells.h5ad", "--vocab", "none", root=tmp_path)
+
+
+def test_gene_names_that_match_nothing_are_an_error_with_advice(tmp_path):
+    path = write_h5ad(tmp_path / "cells.h5ad")
+    (tmp_path / "vocab.json").write_text('{"<pad>": 0, "TP53": 1}')
+    error = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", tmp_path / "vocab.json", root=tmp_path)
+    assert "none of the 30 genes" in error and "--gene-key" in error
+
+
+def test_an_empty_part_of_the_split_is_an_error(tmp_path):
+    labels = ["ctrl"] * 5 + ["GENE1+ctrl"] * 5 + ["GENE2+ctrl"] * 5
+    path = write_h5ad(tmp_path / "cells.h5ad", labels=labels, dense=expression()[:15])
+    assert "leaves no condition for val" in error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
+
+
+def test_an_unknown_dataset_and_a_missing_file_are_errors(tmp_path):
+    assert "unknown dataset 'nomran'" in error_of("03_prepare_data.py", "--dataset", "nomran", root=tmp_path)
+    assert "no.h5ad" in error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", tmp_path / "no.h5ad", "--vocab", "none", root=tmp_path)
+
+
+# --- the demo
+
+def test_the_demo_is_balanced_labelled_synthetic_and_its_mean_response_is_small(demo):
+    with h5py.File(demo / "data/demo/dataset.h5") as file:
+        assert file.attrs["synthetic"]
+        split, mean, ctrl = file["split"].asstr()[:], file["mean"][:], file["conditions"].asstr()[:] == "ctrl"
+    delta = mean[split == "train"] - mean[ctrl]
+    assert np.linalg.norm(delta.mean(0)) < 0.35 * np.linalg.norm(delta, axis=1).mean()
