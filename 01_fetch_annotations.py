@@ -600,40 +600,45 @@ def fetch_summaries(url, path):
     common = {"db": "gene", "retmode": "json", **({"api_key": key} if key else {})}
     part = Path(f"{path}.part")
 
-    def ask(tool, wanted, **params):
+    def ask(tool, take, **params):
         def read(response):
             try:
-                answer = response.json()
-                return answer[wanted], answer[wanted]["count" if wanted == "esearchresult" else "uids"]
-            except (ValueError, KeyError, TypeError):  # E-utilities report overload as an answer without what was asked for
-                raise ConnectionError(f"an answer without {wanted!r}") from None
+                return take(response.json())
+            except (ValueError, KeyError, TypeError, AttributeError):  # an overload is reported in an answer of another form
+                raise ConnectionError("not the answer that was asked for") from None
         time.sleep(0.11 if key else 0.34)  # ten or three requests a second are allowed
         return request(f"{url}/{tool}.fcgi", path, read, params={**common, **params})
+
+    def take_search(answer):
+        found = answer["esearchresult"]
+        return int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
+
+    def take_genes(answer):
+        genes = answer["result"]
+        return [[i, genes[i].get("name", ""), genes[i].get("summary", "")] for i in genes["uids"]] or genes["none"]
 
     with only_one(path):
         if path.exists():
             return
-        found, n_genes = ask("esearch", "esearchresult", term="9606[taxid] AND alive[prop]", usehistory="y", retmax=0)
-        first = json.dumps({"n_genes": int(n_genes)}).encode()
+        n_genes, found = ask("esearch", take_search, term="9606[taxid] AND alive[prop]", usehistory="y", retmax=0)
+        first = json.dumps({"n_genes": n_genes}).encode()
         lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # what follows the last \n was cut off
         if lines[:1] != [first]:  # nothing yet, or of a search that found other genes
             lines = [first]
             part.write_bytes(first + b"\n")
         with open(part, "r+b") as file, tqdm.tqdm(
-                desc=path.name, total=int(n_genes), initial=len(lines) - 1, unit=" genes", disable=None) as bar:
+                desc=path.name, total=n_genes, initial=len(lines) - 1, unit=" genes", disable=None) as bar:
             file.truncate(sum(len(line) + 1 for line in lines))
             file.seek(0, os.SEEK_END)
             n_done = len(lines) - 1
-            while n_done < int(n_genes):
-                page, ids = ask("esummary", "result", query_key=found["querykey"], WebEnv=found["webenv"],
-                                retstart=n_done, retmax=500)
-                genes = [[i, page[i].get("name", ""), page[i].get("summary", "")] for i in ids]
+            while n_done < n_genes:
+                genes = ask("esummary", take_genes, **found, retstart=n_done, retmax=500)
                 file.write("".join(json.dumps(gene) + "\n" for gene in genes).encode())
                 file.flush()
-                n_done += len(ids)
-                bar.update(len(ids))
+                n_done += len(genes)
+                bar.update(len(genes))
         os.replace(part, path)
-    print(f"downloaded {path} ({int(n_genes):,} genes)")
+    print(f"downloaded {path} ({n_genes:,} genes)")
 
 
 def read_fresh(summaries, uniprot=None):
@@ -645,7 +650,7 @@ def read_fresh(summaries, uniprot=None):
             if number > 1:
                 _, gene, summary = json.loads(line)
                 if gene and summary:
-                    texts.setdefault(gene, f"Gene Symbol {gene} {summary}")
+                    texts.setdefault(gene, "Gene Symbol " + gene + " " + summary)
         except (ValueError, TypeError) as error:
             sys.exit(f"error: {summaries}, line {number}: {error}; delete the file, the next run fetches it again")
     for number, line in read_lines(uniprot) if uniprot else ():
@@ -712,7 +717,7 @@ def draw(path, figure_path, title):
         axes = figure.add_subplot((len(panels) + 1) // 2, min(len(panels), 2), i + 1)
         names = [label if len(label) < 60 else label[:57] + "..." for label, _ in bars]
         axes.barh(range(len(bars)), [count for _, count in bars], color=color)
-        axes.set_yticks(range(len(bars)), names, fontsize=8)
+        axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
         axes.invert_yaxis()
         axes.set(title=name, xlabel="genes")
         axes.spines[["top", "right"]].set_visible(False)
@@ -741,52 +746,33 @@ def options():
 def recorded(path, source, decides, inputs):
     """`made_from` of a source as of now; for files that were downloaded once and deleted since, with their fingerprints as
     of then: a finished output needs no network to know that it is current."""
-    made = json.loads(made_from(decides, [file for file in inputs if file.exists()]))
+    made = json.loads(made_from(decides, [file for file, url in inputs.items() if not url or file.exists()]))
     with contextlib.suppress(OSError, KeyError), h5py.File(path, "r") as file:
         old = json.loads(file[source].attrs["made_from"])["inputs"]
         made["inputs"] |= {file.name: old[file.name] for file in inputs if not file.exists() and file.name in old}
     return json.dumps(made, sort_keys=True)
 
 
-def main():
-    args = options()
-    space = space_of(args.dataset)
-    path = args.root / "data" / space / "annotations.h5"
-    figure = path.with_suffix(".png")
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}|current", args.go_release):
-        sys.exit(f"error: --go-release {args.go_release}: expected a date as {PAPER_GO_RELEASE}, or current")
-    wanted = {}  # source: what decides it, {input file: its address or None}, function that gives genes, texts, terms
-    for item in args.tsv:
-        name, _, file = item.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in SOURCES or not file:
-            sys.exit(f"error: --tsv {item}: expected NAME=FILE with a NAME of letters, digits and '_' that is no built-in source")
-        wanted[name] = {"tsv": True}, {Path(file): None}, lambda file=file: read_tsv(file)
-    for source in args.source or ([] if args.tsv else SOURCES):
-        if space == "demo":
-            wanted[source] = {"demo": 1}, {}, lambda source=source: demo_texts(source)
-        else:
-            wanted[source] = human_source(source, args.go_release, args.fresh, path.parent / "raw")
-
-    todo = {}
-    for source, (decides, inputs, texts_of) in wanted.items():
-        if not is_current(path, recorded(path, source, decides, inputs), args.force, source):
-            todo[source] = decides, inputs, texts_of
-    if not todo and figure.exists():
-        return
-
-    texts = {}
-    if args.force:  # what today's services say may differ from the last time
+def collect(todo, force):
+    """Download what the sources in `todo` need and read it: {source: (genes, texts, terms)}."""
+    if force:  # what a service says today may differ from the last time
         for file in {file for decides, inputs, _ in todo.values() for file in inputs
                      if decides.get("fresh") or decides.get("go_release") == "current"}:
             file.unlink(missing_ok=True)
-    for source, (decides, inputs, texts_of) in todo.items():
+    texts = {}
+    for source, (_, inputs, read) in todo.items():
         for file, url in inputs.items():
             if url:
                 (fetch_summaries if url == NCBI else download)(url, file)
-        texts[source] = genes, of_genes, _ = texts_of()
-        for gene, text in zip(genes, of_genes):
+        texts[source] = read()
+        for gene, text in zip(*texts[source][:2]):
             if re.search("[\0\ud800-\udfff]", gene + text):
                 sys.exit(f"error: {source}: gene {gene!r}: its name or text has a NUL or half a surrogate pair, no text at all")
+    return texts
+
+
+def write(path, space, todo, texts):
+    """Write annotations.h5 anew: the sources in `texts`, and those that it has already and `texts` has not."""
     with only_one(path), write_h5(path, made_from({"space": space}, [])) as new, contextlib.ExitStack() as stack:
         old = {}
         with contextlib.suppress(OSError):  # none yet, or not a whole one
@@ -798,13 +784,42 @@ def main():
             decides, inputs, _ = todo[source]
             group = new.create_group(source)
             group.attrs["made_from"] = made_from(decides, inputs)
-            group.attrs["source_urls"] = [url for url in inputs.values() if url]
+            if any(inputs.values()):
+                group.attrs["source_urls"] = list(inputs.values())
             write_strings(group, "genes", genes)
             write_strings(group, "text", of_genes)
             if terms is not None:
                 write_strings(group, "terms", [term for of_gene in terms for term in of_gene])
                 group["term_offsets"] = np.cumsum([0] + [len(of_gene) for of_gene in terms])
             print(f"{source}: {len(genes):,} genes with text" + (" (SYNTHETIC: invented genes and processes)" if space == "demo" else ""))
+
+
+def main():
+    args = options()
+    space = space_of(args.dataset)
+    path = args.root / "data" / space / "annotations.h5"
+    figure = path.with_suffix(".png")
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}|current", args.go_release):
+        sys.exit(f"error: --go-release {args.go_release}: expected a date as {PAPER_GO_RELEASE}, or current")
+    wanted = {}  # source: what decides it, {input file: its address or None}, function that reads genes, texts, terms
+    for item in args.tsv:
+        name, _, file = item.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in SOURCES or not file:
+            sys.exit(f"error: --tsv {item}: expected NAME=FILE with a NAME of letters, digits and '_' that is no built-in source")
+        wanted[name] = {"tsv": True}, {Path(file): None}, lambda file=file: read_tsv(file)
+    for source in args.source or ([] if args.tsv else SOURCES):
+        if space == "demo":
+            wanted[source] = {"demo": 1}, {}, lambda source=source: demo_texts(source)
+        else:
+            wanted[source] = human_source(source, args.go_release, args.fresh, path.parent / "raw")
+
+    todo = {source: of for source, of in wanted.items()
+            if not is_current(path, recorded(path, source, *of[:2]), args.force, source)}
+    if not todo and figure.exists():
+        return
+    if todo:
+        figure.unlink(missing_ok=True)  # drawn again even if this run is killed before it comes to that
+        write(path, space, todo, collect(todo, args.force))
     report(path, path.parent / "scgpt" / "vocab.json")
     draw(path, figure, "SYNTHETIC: invented genes and processes" if space == "demo" else "Human genes")
     print(f"wrote {path} and {figure}\nnext: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
