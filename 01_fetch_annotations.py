@@ -54,6 +54,7 @@ STALE = 20 * PATIENCE       # seconds after which a lock that nobody touches is 
 TRIES = 6                   # in a row without getting any further
 LONGEST_WAIT = 3600         # seconds; a server that asks for more is not waited for
 LONGEST_LINE = 500_000      # bytes; no line of these formats comes near
+MEND = "put a good file there, or delete it if this script downloaded it"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def run(main):
     try:
         main()
     except OSError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from what is already on disk")
 
@@ -141,13 +142,39 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
+class H5Target(io.FileIO):
+    """A file for HDF5 to write to. Where the disk is full the library crashes, now or at exit: the run ends here in one line,
+    before the library hears of it."""
+
+    def write(self, data):
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[super().write(rest):]
+        except OSError as error:
+            self.give_up(error)
+        return len(data)
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        with contextlib.suppress(OSError):
+            os.unlink(self.name)
+        print(f"error: {self.name}: {error.strerror}; what was there before is as it was", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
 @contextlib.contextmanager
 def write_h5(path, made):
     """Yield a new HDF5 file with its provenance attributes; it becomes `path` when the block ends without an error."""
-    with replacing(path) as partial:
-        with h5py.File(partial, "w") as file:
-            file.attrs.update(provenance(made))
-            yield file
+    with replacing(path) as partial, H5Target(partial, "w+") as target, h5py.File(target, "w") as file:
+        file.attrs.update(provenance(made))
+        yield file
 
 
 def write_text(path, text):
@@ -190,10 +217,11 @@ def is_current(path, made, force, key="/"):
     except OSError:
         print(f"{path}: not a whole HDF5 file, made again")
         return False
+    label = "" if key == "/" else f" {key}"
     if old == made:
-        print(f"{path}{'' if key == '/' else ' ' + key}: there already, from the same inputs and options (--force makes it again)")
+        print(f"{path}{label}: there already, from the same inputs and options (--force makes it again)")
     elif old is not None:
-        print(f"{path}{'' if key == '/' else ' ' + key}: stale, made again ({difference(old, made)})")
+        print(f"{path}{label}: stale, made again ({difference(old, made)})")
     return old == made
 
 
@@ -248,8 +276,9 @@ def request(url, path, read, headers=dict, params=None):
         if params and params.get("api_key"):
             cause = cause.replace(params["api_key"], "...")
         if not again or tries == TRIES or wait > LONGEST_WAIT:
-            asked = f" (the server asks to wait {wait:,.0f} s)" if again and wait > LONGEST_WAIT else ""
-            sys.exit(f"error: {mirrored(url)} -> {path}: {cause}{asked}" + ("; the same command goes on from here" if again else ""))
+            cause += f" (the server asks to wait {wait:,.0f} s)" if again and wait > LONGEST_WAIT else ""
+            cause += "; the same command goes on from here" if again else ""
+            sys.exit(f"error: {mirrored(url)} -> {path}: {cause}")
         wait = max(wait, FIRST_WAIT * 2 ** (tries - 1))
         print(f"{mirrored(url)}: {cause}; next try in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
@@ -299,8 +328,9 @@ def only_one(path):
 
     def keep():
         while not done.wait(STALE / 5):
-            if is_mine():
-                os.utime(lock)
+            with contextlib.suppress(FileNotFoundError):
+                if is_mine():
+                    os.utime(lock)
 
     done = threading.Event()
     threading.Thread(target=keep, daemon=True).start()
@@ -334,7 +364,7 @@ def download(url, path, size=None, sha256=None, md5=None):
 
     def noted():
         """Of what .part is the beginning: the version as the server names it (or None), and the size in bytes (or None)."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             address, version, total = json.loads(note.read_text())
             if address == url and part.stat().st_size:
                 return version, total
@@ -352,8 +382,8 @@ def download(url, path, size=None, sha256=None, md5=None):
         length = response.headers.get("Content-Length", "")
         total = start + int(length) if length.isdigit() else size
         may_go_on &= not going_on or start > 0  # a server that did not go on once is not asked to again
-        if response.status_code == 416 or start and (noted()[1] not in (None, total) or not
-                                                     response.headers.get("Content-Range", "").startswith(f"bytes {start}-")):
+        fits = response.headers.get("Content-Range", "").startswith(f"bytes {start}-") and noted()[1] in (None, total)
+        if response.status_code == 416 or start and not fits:
             may_go_on = False
             note.unlink(missing_ok=True)
             raise ConnectionError("the server cannot go on where the download stopped")
@@ -407,6 +437,7 @@ def download(url, path, size=None, sha256=None, md5=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo's gene space: invented genes whose texts name the invented processes that they take part in
 
+SYNTHETIC = "SYNTHETIC: invented genes and processes"
 DEMO_PROCESSES = {  # process: (molecular function, cellular component), all invented
     "amber tide regulation": ("amber tide binding", "amber vesicle"),
     "birch lattice assembly": ("lattice ligase activity", "birch lattice"),
@@ -443,7 +474,8 @@ def demo_texts(source):
     if source == "go_all":
         each = [{s: terms[s][i] for s in GO_PREFIX} for i in range(len(genes))]
         return genes, [go_text(e) for e in each], [sum(e.values(), []) for e in each]
-    texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(p)}." for gene, p in zip(genes, terms["go_p"])]
+    texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(processes)}."
+             for gene, processes in zip(genes, terms["go_p"])]
     if source == "ncbi+uniprot":
         texts = [f"{text} Protein summary: Has {' and '.join(f)}." for text, f in zip(texts, terms["go_f"])]
     return genes, texts, None
@@ -480,7 +512,7 @@ def read_lines(path):
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             number, problem = number + 1, f"damaged gzip file ({error})"
     if problem:
-        sys.exit(f"error: {path}, line {number}: {problem}; put a good file there, or delete it if this script downloaded it")
+        sys.exit(f"error: {path}, line {number}: {problem}; {MEND}")
 
 
 def read_json(path, kind):
@@ -494,7 +526,7 @@ def read_json(path, kind):
             if not isinstance(value, kind):
                 raise ValueError(f"the value of {name!r} is no {kind.__name__}")
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, and the two above
-        sys.exit(f"error: {path}: {error}; put a good file there, or delete it if this script downloaded it")
+        sys.exit(f"error: {path}: {error}; {MEND}")
     return entries
 
 
@@ -519,7 +551,7 @@ def read_tsv(path):
 
 def read_released(path):
     """Genes and texts of a released JSON file: an object of symbol -> text."""
-    texts = {gene: text for gene, text in read_json(path, str).items() if text.strip()}
+    texts = {gene: text for gene, text in read_json(path, str).items() if gene and text.strip()}
     return list(texts), list(texts.values()), None
 
 
@@ -666,7 +698,7 @@ def read_fresh(summaries, uniprot=None):
 
 
 def human_source(source, release, fresh, raw):
-    """Where the texts of a human source come from: what decides them (options), {file: address}, function that reads them."""
+    """Where a human source comes from: what decides its texts (options), {file: address}, function that reads them."""
     if source in RELEASED and not fresh:
         path = raw / RELEASED[source].rsplit("/", 1)[1]
         return {"fresh": False}, {path: RELEASED[source]}, lambda: read_released(path)
@@ -674,7 +706,7 @@ def human_source(source, release, fresh, raw):
         files = {raw / "ncbi_fresh.jsonl": NCBI, **({raw / "uniprot_fresh.tsv.gz": UNIPROT} if source != "ncbi" else {})}
         return {"fresh": True}, files, lambda: read_fresh(*files)
     site = GO_CURRENT if release == "current" else f"{GO_DATED}/{release}"
-    files = {raw / f"goa_human.{release}.gaf.gz": f"{site}/annotations/goa_human.gaf.gz",
+    files = {raw / f"goa_human.{release}.gaf.gz": f"{site}/annotations/goa_human.gaf.gz",  # gaf first: read_go's order
              raw / f"go-basic.{release}.obo": f"{site}/ontology/go-basic.obo"}
     return {"go_release": release}, files, lambda: read_go(source, *files)
 
@@ -709,8 +741,8 @@ def draw(path, figure_path, title):
         for source, color in zip(GO_PREFIX, ("#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's colours
             if source in file:
                 terms, counts = np.unique(file[source]["terms"][:], return_counts=True)
-                top = np.argsort(-counts, kind="stable")[:20]
-                panels.append((f"{GO_PREFIX[source]}: commonest terms", [(terms[i].decode(), counts[i]) for i in top], color))
+                bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
+                panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
     figure = Figure(figsize=(9 * min(len(panels), 2), 5.5 * ((len(panels) + 1) // 2)), layout="constrained")
     figure.suptitle(title)
     for i, (name, bars, color) in enumerate(panels):
@@ -767,7 +799,7 @@ def collect(todo, force):
         texts[source] = read()
         for gene, text in zip(*texts[source][:2]):
             if re.search("[\0\ud800-\udfff]", gene + text):
-                sys.exit(f"error: {source}: gene {gene!r}: its name or text has a NUL or half a surrogate pair, no text at all")
+                sys.exit(f"error: {source}: gene {gene!r}: a NUL or half a surrogate pair in its name or text")
     return texts
 
 
@@ -791,7 +823,7 @@ def write(path, space, todo, texts):
             if terms is not None:
                 write_strings(group, "terms", [term for of_gene in terms for term in of_gene])
                 group["term_offsets"] = np.cumsum([0] + [len(of_gene) for of_gene in terms])
-            print(f"{source}: {len(genes):,} genes with text" + (" (SYNTHETIC: invented genes and processes)" if space == "demo" else ""))
+            print(f"{source}: {len(genes):,} genes with text{f' ({SYNTHETIC})' if space == 'demo' else ''}")
 
 
 def main():
@@ -805,7 +837,7 @@ def main():
     for item in args.tsv:
         name, _, file = item.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in SOURCES or not file:
-            sys.exit(f"error: --tsv {item}: expected NAME=FILE with a NAME of letters, digits and '_' that is no built-in source")
+            sys.exit(f"error: --tsv {item}: expected NAME=FILE, NAME of letters, digits and '_' and no built-in source")
         wanted[name] = {"tsv": True}, {Path(file): None}, lambda file=file: read_tsv(file)
     for source in args.source or ([] if args.tsv else SOURCES):
         if space == "demo":
@@ -821,8 +853,9 @@ def main():
         figure.unlink(missing_ok=True)  # drawn again even if this run is killed before it comes to that
         write(path, space, todo, collect(todo, args.force))
     report(path, path.parent / "scgpt" / "vocab.json")
-    draw(path, figure, "SYNTHETIC: invented genes and processes" if space == "demo" else "Human genes")
-    print(f"wrote {path} and {figure}\nnext: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
+    draw(path, figure, SYNTHETIC if space == "demo" else "Human genes")
+    print(f"wrote {path} and {figure}")
+    print("next: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if hooked:
             status, headers, content = hooked
         else:
-            found = [server.files[path] for path in (self.path, unquote(self.path), bare, unquote(bare)) if path in server.files]
+            places = self.path, unquote(self.path), bare, unquote(bare)
+            found = [server.files[place] for place in places if place in server.files]
             content = found[0] if found else b"no such file\n"
             headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:16]}"', "Accept-Ranges": "bytes"} if found else {}
             status = 200 if found else 404

@@ -1,8 +1,10 @@
 """Stage 01 as a process: the demo's texts, own texts, and human genes from a local server in the place of the real ones."""
 import gzip
+import hashlib
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,13 +14,14 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import h5py
-import numpy as np
 import pytest
 from server import Server
 
 SCRIPT = Path(__file__).parent.parent / "01_fetch_annotations.py"
+sys.path.insert(0, str(SCRIPT.parent))
 KEY = "0123secret0123"
 BUCKET = "/czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations/"
+NCBI = BUCKET + "NCBI_summary_of_genes.json"
 RELEASE = "/release.geneontology.org/2024-01-17/"
 GAF, OBO = RELEASE + "annotations/goa_human.gaf.gz", RELEASE + "ontology/go-basic.obo"
 CURRENT = "/current.geneontology.org/"
@@ -61,8 +64,8 @@ name: part of
 
 def annotation(gene, term, aspect, qualifier="enables", evidence="IDA", taxon="taxon:9606"):
     """A line of a GAF 2.2 file."""
-    return "\t".join(["UniProtKB", "P1", gene, qualifier, term, "PMID:1", evidence, "", aspect, "a name", "", "protein", taxon,
-                      "20240101", "UniProt", "", ""]) + "\n"
+    return "\t".join(["UniProtKB", "P1", gene, qualifier, term, "PMID:1", evidence, "", aspect, "a name", "", "protein",
+                      taxon, "20240101", "UniProt", "", ""]) + "\n"
 
 
 ANNOTATIONS = "!gaf-version: 2.2\n!\n" + "".join([
@@ -73,14 +76,14 @@ ANNOTATIONS = "!gaf-version: 2.2\n!\n" + "".join([
     annotation("KLF1", "GO:0005634", "C", "located_in"),
 ])
 NCBI_TEXTS = {"FOSB": "Gene Symbol FOSB The Fos gene family.", "KLF1": "Gene Symbol KLF1 An erythroid factor."}
-FILES = {BUCKET + "NCBI_summary_of_genes.json": json.dumps(NCBI_TEXTS).encode(),
-         BUCKET + "NCBI_UniProt_summary_of_genes.json": json.dumps({"FOSB": NCBI_TEXTS["FOSB"] + " Protein summary: Binds."}).encode(),
+FILES = {NCBI: json.dumps(NCBI_TEXTS).encode(),
+         BUCKET + "NCBI_UniProt_summary_of_genes.json": b'{"FOSB": "Gene Symbol FOSB A factor. Protein summary: Binds."}',
          GAF: gzip.compress(ANNOTATIONS.encode()), OBO: ONTOLOGY.encode()}
 
 
 def start(root, *options, server=None, dataset="norman", **environment):
-    environment = {**os.environ, "SCGENEPT_PATIENCE": "0.03", "SCGENEPT_MIRROR": server.url if server else "http://127.0.0.1:9/",
-                   **environment}
+    mirror = server.url if server else "http://127.0.0.1:9/"  # nobody is there
+    environment = {**os.environ, "SCGENEPT_PATIENCE": "0.03", "SCGENEPT_MIRROR": mirror, **environment}
     return subprocess.Popen([sys.executable, str(SCRIPT), "--root", str(root), "--dataset", dataset, *options],
                             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -126,28 +129,32 @@ def go_server(*lines, ontology=ONTOLOGY):
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo
 
-def test_the_demo_needs_no_network_and_says_that_it_is_synthetic(tmp_path):
-    output = made(tmp_path, dataset="demo")
-    assert "SYNTHETIC" in output
-    assert len(texts(tmp_path, "go_all", "demo")) == 128
-    assert (tmp_path / "data/demo/annotations.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo made twice: two folders, and what the second run printed."""
+    roots = [tmp_path_factory.mktemp("demo") for _ in range(2)]
+    return roots, [made(root, dataset="demo") for root in roots][1]
+
+
+def test_the_demo_needs_no_network_and_says_that_it_is_synthetic(demo):
+    roots, output = demo
+    assert "SYNTHETIC" in output and len(texts(roots[0], "go_all", "demo")) == 128
+    assert (roots[0] / "data/demo/annotations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_gives_the_same_output_dates_aside(demo):
+    def contents(root):
+        found = {}
+        with h5py.File(root / "data/demo/annotations.h5", "r") as file:
+            file.visititems(lambda name, item: found.update({name: item[:].tolist()} if hasattr(item, "dtype") else {}))
+        return found, (root / "data/demo/annotations.png").read_bytes()
+    assert contents(demo[0][0]) == contents(demo[0][1])
 
 
 def test_help_comes_at_once():
     started = time.time()
     assert subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True).returncode == 0
     assert time.time() - started < 2  # half a second, on a machine that does nothing else
-
-
-def test_the_same_command_gives_the_same_bytes_dates_aside(tmp_path):
-    def contents(root):
-        with h5py.File(root / "data/demo/annotations.h5", "r") as file:
-            found = {}
-            file.visititems(lambda name, item: found.update({name: item[:].tolist()} if isinstance(item, h5py.Dataset) else {}))
-            return found, (root / "data/demo/annotations.png").read_bytes()
-    for name in "ab":
-        made(tmp_path / name, dataset="demo")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,18 +204,12 @@ def test_the_overlaps_are_printed_as_in_table_21(human):
 
 
 def test_the_file_says_where_each_source_came_from(human):
-    stage = importlib.import_module("01_fetch_annotations") if str(SCRIPT.parent) in sys.path else load()
     with h5py.File(human[0] / "data/human/annotations.h5", "r") as file:
         source = json.loads(file["go_c"].attrs["made_from"])
         assert source["options"] == {"go_release": "2024-01-17"}
         gaf = human[0] / "data/human/raw/goa_human.2024-01-17.gaf.gz"
-        assert source["inputs"][gaf.name] == stage.checksum(gaf, "sha256")
+        assert source["inputs"][gaf.name] == hashlib.sha256(gaf.read_bytes()).hexdigest()
         assert list(file["go_c"].attrs["source_urls"]) == ["https:/" + GAF, "https:/" + OBO]
-
-
-def load():
-    sys.path.insert(0, str(SCRIPT.parent))
-    return importlib.import_module("01_fetch_annotations")
 
 
 def test_each_file_is_asked_for_once(human):
@@ -232,7 +233,8 @@ def test_a_changed_download_makes_its_sources_stale(human, tmp_path):
 
 def test_another_go_release_is_another_input(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
-    with Server({CURRENT + "annotations/goa_human.gaf.gz": FILES[GAF].replace(b"", b""), CURRENT + "ontology/go-basic.obo": FILES[OBO]}) as server:
+    with Server({CURRENT + "annotations/goa_human.gaf.gz": FILES[GAF],
+                 CURRENT + "ontology/go-basic.obo": FILES[OBO]}) as server:
         output = made(root, "--source", "go_c", "--go-release", "current", server=server)
     assert "go_c: stale, made again (go_release was 2024-01-17, now current" in output
 
@@ -289,14 +291,14 @@ def test_terms_that_the_ontology_does_not_know_are_counted(selected):
 # Broken downloads
 
 BROKEN = {  # name: (source, path, body, what the error says)
-    "a web page for JSON": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b"<html>Sign in</html>", ["web page"]),
-    "half a JSON file": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b'{"FOSB": "Gene', ["NCBI_summary", "line 1"]),
-    "a JSON list": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b'["FOSB"]', ["not an object"]),
-    "a number for a text": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b'{"FOSB": 1}', ["'FOSB'", "no str"]),
-    "JSON in Latin-1": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", '{"FOSB": "é"}'.encode("latin-1"), ["utf-8"]),
-    "nested without end": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b"[" * 100_000, ["recursion"]),
-    "a NUL": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b'{"FOSB": "a\\u0000b"}', ["'FOSB'", "NUL"]),
-    "half a surrogate pair": ("ncbi", BUCKET + "NCBI_summary_of_genes.json", b'{"FOSB": "\\ud800"}', ["'FOSB'", "surrogate"]),
+    "a web page for JSON": ("ncbi", NCBI, b"<html>Sign in</html>", ["web page"]),
+    "half a JSON file": ("ncbi", NCBI, b'{"FOSB": "Gene', ["NCBI_summary", "line 1"]),
+    "a JSON list": ("ncbi", NCBI, b'["FOSB"]', ["not an object"]),
+    "a number for a text": ("ncbi", NCBI, b'{"FOSB": 1}', ["'FOSB'", "no str"]),
+    "JSON in Latin-1": ("ncbi", NCBI, '{"FOSB": "é"}'.encode("latin-1"), ["utf-8"]),
+    "nested without end": ("ncbi", NCBI, b"[" * 100_000, ["recursion"]),
+    "a NUL": ("ncbi", NCBI, b'{"FOSB": "a\\u0000b"}', ["'FOSB'", "NUL"]),
+    "half a surrogate pair": ("ncbi", NCBI, b'{"FOSB": "\\ud800"}', ["'FOSB'", "surrogate"]),
     "a truncated gzip file": ("go_f", GAF, FILES[GAF][:-20], ["goa_human", "line", "damaged gzip"]),
     "damage inside a gzip file": ("go_f", GAF, FILES[GAF][:60] + b"\0\0\0" + FILES[GAF][63:], ["goa_human", "damaged gzip"]),
     "a web page in gzip": ("go_f", GAF, gzip.compress(b"<!DOCTYPE html>"), ["goa_human", "line 1", "web page"]),
@@ -332,6 +334,61 @@ def test_a_damaged_output_is_made_again(human, tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     assert "not a whole HDF5 file, made again" in made(root, "--source", "ncbi")
     assert texts(root, "ncbi") == NCBI_TEXTS
+
+
+def mutated(content, rng):
+    """Bytes with one to four places changed, cut out, put in, or everything after them gone."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(content) + 1)
+        end = rng.choice([at, at + 1, at + rng.randrange(30), len(content)])
+        content[at:end] = rng.choice([b"", rng.randbytes(rng.randrange(6)), b"\n", b"\t", b'"', b"[", b"{}", b"null", b"1"])
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["gaf", "gaf.gz", "obo", "json", "tsv", "jsonl", "uniprot"])
+def test_whatever_stands_in_a_file_it_is_read_or_refused_in_one_line(tmp_path, kind):
+    stage = importlib.import_module("01_fetch_annotations")
+    pages = b'{"n_genes": 2}\n["0", "GENE0", ""]\n["1", "GENE1", "Summary 1."]\n'
+    for name, content in (("ok.obo", FILES[OBO]), ("ok.gaf", ANNOTATIONS.encode()), ("ok.jsonl", pages)):
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / kind
+    content, read = {
+        "gaf": (ANNOTATIONS.encode(), lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
+        "gaf.gz": (FILES[GAF], lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
+        "obo": (FILES[OBO], lambda: stage.read_go("go_all", tmp_path / "ok.gaf", path)),
+        "json": (json.dumps(NCBI_TEXTS).encode(), lambda: stage.read_released(path)),
+        "tsv": (b"gene\ttext\nA\tb\nC\td\n", lambda: stage.read_tsv(path)),
+        "jsonl": (pages, lambda: stage.read_fresh(path)),
+        "uniprot": (PROTEINS.encode(), lambda: stage.read_fresh(tmp_path / "ok.jsonl", path)),
+    }[kind]
+    rng = random.Random(kind)
+    for _ in range(100):
+        path.write_bytes(mutated(content, rng))
+        stage.read_annotations.cache_clear()
+        try:
+            genes, found, _ = read()
+        except SystemExit as end:
+            assert str(end).startswith("error: ") and "\n" not in str(end)
+        else:
+            assert all(isinstance(part, str) for part in genes + found) and len(genes) == len(found)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
+def test_a_full_disk_ends_in_one_line_and_leaves_the_earlier_output(human, tmp_path):
+    import resource
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    before = (root / "data/human/annotations.h5").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # inherited by the process
+    try:
+        process = start(root, "--source", "go_f", "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    output, errors = process.communicate()
+    fails((process.returncode, output, errors), "annotations.h5", "too large")
+    assert (root / "data/human/annotations.h5").read_bytes() == before
+    assert not list(root.rglob("*.tmp"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
