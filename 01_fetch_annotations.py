@@ -50,7 +50,7 @@ UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv
 PATIENCE = float(os.environ.get("SCGENEPT_PATIENCE", 1))  # scales the next three; below 1 to give up sooner
 TIMEOUT = 60 * PATIENCE     # seconds without a byte after which a connection counts as dead
 FIRST_WAIT = 1 * PATIENCE   # seconds before the second try; doubled before each one after it
-STALE = 20 * PATIENCE       # seconds after which a lock that nobody touches is that of a killed process
+STALE = 10 * PATIENCE       # seconds after which a lock that nobody touches is that of a killed process
 TRIES = 6                   # in a row without getting any further
 LONGEST_WAIT = 3600         # seconds; a server that asks for more is not waited for
 LONGEST_LINE = 500_000      # bytes; no line of these formats comes near
@@ -143,7 +143,7 @@ def replacing(path):
 
 
 class H5Target(io.FileIO):
-    """A file for HDF5 to write to. Where the disk is full the library crashes, now or at exit: the run ends here in one line,
+    """A file for HDF5 to write to. Where the disk is full the library crashes, at once or at exit: the run ends in one line,
     before the library hears of it."""
 
     def write(self, data):

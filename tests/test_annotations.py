@@ -507,7 +507,8 @@ def test_a_name_that_is_taken_or_no_name_is_refused(tmp_path, name):
 
 
 def test_two_runs_at_once_lose_none_of_their_sources(tmp_path):
-    processes = [start(tmp_path, "--source", source, dataset="demo") for source in ("ncbi", "go_f", "go_c")]
+    processes = [start(tmp_path, "--source", source, dataset="demo", SCGENEPT_PATIENCE="1")
+                 for source in ("ncbi", "go_f", "go_c")]
     assert [process.wait() for process in processes] == [0, 0, 0]
     with h5py.File(tmp_path / "data/demo/annotations.h5", "r") as file:
         assert set(file) == {"ncbi", "go_f", "go_c"}

@@ -32,9 +32,9 @@ def server():
         yield server
 
 
-def start(server, *places, **known):
+def start(server, *places, patience=0.03, **known):
     """A process that downloads (url, path) pairs one after the other."""
-    environment = {**os.environ, "SCGENEPT_MIRROR": server.url, "SCGENEPT_PATIENCE": "0.03", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "SCGENEPT_MIRROR": server.url, "SCGENEPT_PATIENCE": str(patience), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", CALL, json.dumps(known), *map(str, places)], env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -216,7 +216,7 @@ def test_killed_in_mid_download_it_goes_on_from_there(server, tmp_path):
 
 def test_two_at_once_download_once_and_both_have_it(server, tmp_path):
     server.misbehave(PLACE, {"drop": 200_000, "stall": 1})
-    processes = [start(server, URL, tmp_path / "file.bin") for _ in range(2)]
+    processes = [start(server, URL, tmp_path / "file.bin", patience=0.3) for _ in range(2)]
     assert [finish(process)[0] for process in processes] == [0, 0]
     assert (tmp_path / "file.bin").read_bytes() == DATA and leftovers(tmp_path / "file.bin") == []
     assert len(server.requests) == 2  # the dropped one and its continuation
