@@ -3,23 +3,32 @@
     python 01_fetch_annotations.py                                       the demo's synthetic texts, no network
     python 01_fetch_annotations.py --dataset norman                      human genes, all six sources of the paper
     python 01_fetch_annotations.py --dataset norman --source go_c go_all --go-release current
+    python 01_fetch_annotations.py --dataset norman --source ncbi --fresh  from NCBI itself, as of today
     python 01_fetch_annotations.py --dataset mine --tsv notes=notes.tsv  own texts: a header gene<TAB>text, a line a gene
 
 A source is a group of the file: `genes` (N) and `text` (N); the GO sources also have `terms` (M) and `term_offsets`
-(N + 1), each gene's terms one by one. Sources that the file has already and this call does not name are kept.
+(N + 1), each gene's terms one by one. Sources that the file has already and this call does not name are kept. What is
+downloaded for human genes stays in data/human/raw/; annotations.png shows what the sources cover.
 
 The helpers that several stages share (files that appear whole or not at all, provenance, downloads) live here.
 """
 import argparse
 import contextlib
 import datetime
+import email.utils
+import functools
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -28,6 +37,24 @@ import numpy as np
 FORMAT_VERSION = 1
 SOURCES = ("ncbi", "ncbi+uniprot", "go_f", "go_c", "go_p", "go_all")
 GO_PREFIX = {"go_f": "Molecular Function", "go_c": "Cellular Component", "go_p": "Biological Process"}
+GO_ASPECT = {"F": "go_f", "C": "go_c", "P": "go_p"}
+PAPER_GO_RELEASE = "2024-01-17"
+
+BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations"
+RELEASED = {"ncbi": f"{BUCKET}/NCBI_summary_of_genes.json", "ncbi+uniprot": f"{BUCKET}/NCBI_UniProt_summary_of_genes.json"}
+GO_DATED, GO_CURRENT = "https://release.geneontology.org", "https://current.geneontology.org"
+NCBI = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"
+UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv&fields=gene_primary,cc_function"
+           "&query=%28organism_id%3A9606%29%20AND%20%28reviewed%3Atrue%29")
+
+PATIENCE = float(os.environ.get("SCGENEPT_PATIENCE", 1))  # scales the next three; below 1 to give up sooner
+TIMEOUT = 60 * PATIENCE     # seconds without a byte after which a connection counts as dead
+FIRST_WAIT = 1 * PATIENCE   # seconds before the second try; doubled before each one after it
+STALE = 10 * PATIENCE       # seconds after which a lock that nobody touches is that of a killed process
+TRIES = 6                   # in a row without getting any further
+LONGEST_WAIT = 3600         # seconds; a server that asks for more is not waited for
+LONGEST_LINE = 500_000      # bytes; no line of these formats comes near
+MEND = "put a good file there, or delete it if this script downloaded it"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,7 +65,7 @@ def run(main):
     try:
         main()
     except OSError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from what is already on disk")
 
@@ -71,9 +98,16 @@ def fingerprint(path):
     stat = os.stat(path)
     if stat.st_size > 256 * 2**20:
         return f"size {stat.st_size} mtime {stat.st_mtime_ns}"
+    return checksum(path, "sha256")
+
+
+def checksum(path, algorithm):
+    """The `sha256` or `md5` of a file, in hexadecimal."""
+    digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") \
-            else hashlib.sha256(file.read()).hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def made_from(options, inputs):
@@ -108,13 +142,39 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
+class H5Target(io.FileIO):
+    """A file for HDF5 to write to. Where the disk is full the library crashes, at once or at exit: the run ends in one line,
+    before the library hears of it."""
+
+    def write(self, data):
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[super().write(rest):]
+        except OSError as error:
+            self.give_up(error)
+        return len(data)
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error):
+        with contextlib.suppress(OSError):
+            os.unlink(self.name)
+        print(f"error: {self.name}: {error.strerror}; what was there before is as it was", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
 @contextlib.contextmanager
 def write_h5(path, made):
     """Yield a new HDF5 file with its provenance attributes; it becomes `path` when the block ends without an error."""
-    with replacing(path) as partial:
-        with h5py.File(partial, "w") as file:
-            file.attrs.update(provenance(made))
-            yield file
+    with replacing(path) as partial, H5Target(partial, "w+") as target, h5py.File(target, "w") as file:
+        file.attrs.update(provenance(made))
+        yield file
 
 
 def write_text(path, text):
@@ -157,10 +217,11 @@ def is_current(path, made, force, key="/"):
     except OSError:
         print(f"{path}: not a whole HDF5 file, made again")
         return False
+    label = "" if key == "/" else f" {key}"
     if old == made:
-        print(f"{path}{'' if key == '/' else ' ' + key}: there already, from the same inputs and options (--force makes it again)")
+        print(f"{path}{label}: there already, from the same inputs and options (--force makes it again)")
     elif old is not None:
-        print(f"{path}{'' if key == '/' else ' ' + key}: stale, made again ({difference(old, made)})")
+        print(f"{path}{label}: stale, made again ({difference(old, made)})")
     return old == made
 
 
@@ -172,13 +233,211 @@ def difference(old, new):
         for name in sorted(old[kind].keys() | new[kind].keys()):
             a, b = old[kind].get(name), new[kind].get(name)
             if a != b:
-                words.append(f"{name} changed" if kind == "inputs" and a and b else f"{name} was {a}, now {b}")
+                words.append(f"{name} was {a}, now {b}" if kind == "options" else
+                             f"{name} {'changed' if a and b else 'is new' if b else 'is no longer an input'}")
     return "; ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads, shared by all stages
+
+def mirrored(url):
+    """Where `url` is asked for: there, or at http://host/<its host>/<its path> with SCGENEPT_MIRROR=http://host/."""
+    mirror = os.environ.get("SCGENEPT_MIRROR")
+    return f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}" if mirror else url
+
+
+def request(url, path, read, headers=dict, params=None):
+    """GET `url` and return `read(response)`, the response open for streaming.
+
+    Connection errors, timeouts, broken bodies (`read` raises ConnectionError), 429 and 5xx are tried again: after waits that
+    double, or as long as the server asks (Retry-After). headers() makes each try's headers; a try with other headers than
+    the one before it has got further, and counts as the first. Ends the run in one line on any other answer; `path` is
+    named in it, and the API key among `params` never is.
+    """
+    import requests
+    import urllib3
+    tries, before = 0, None
+    while True:
+        now, wait, again = headers(), 0, True
+        tries, before = tries + 1 if now == before else 1, now
+        try:
+            with requests.get(mirrored(url), params=params, headers={"Accept-Encoding": "identity", **now}, stream=True,
+                              timeout=TIMEOUT) as response:
+                if response.status_code in (200, 206, 416):
+                    return read(response)
+                cause = f"{response.status_code} {response.reason}"
+                again, wait = response.status_code == 429 or response.status_code >= 500, retry_after(response)
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError,
+                urllib3.exceptions.HTTPError) as error:
+            cause = cause_of(error)
+        except requests.RequestException as error:  # an address that cannot be, redirects without end
+            cause, again = cause_of(error), False
+        if params and params.get("api_key"):
+            cause = cause.replace(params["api_key"], "...")
+        if not again or tries == TRIES or wait > LONGEST_WAIT:
+            cause += f" (the server asks to wait {wait:,.0f} s)" if again and wait > LONGEST_WAIT else ""
+            cause += "; the same command goes on from here" if again else ""
+            sys.exit(f"error: {mirrored(url)} -> {path}: {cause}")
+        wait = max(wait, FIRST_WAIT * 2 ** (tries - 1))
+        print(f"{mirrored(url)}: {cause}; next try in {wait:.0f} s", file=sys.stderr)
+        time.sleep(wait)
+
+
+def cause_of(error):
+    """The innermost reason of a failed request in one line; the outer ones hold the whole address, a key in it included."""
+    while inner := next((e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)), None):
+        error = inner
+    return re.sub(r"^\S*?Connection\w*\(.*?\): ", "", " ".join(str(error).split()))
+
+
+def retry_after(response):
+    """Seconds that a response's Retry-After header asks for: a number, or an HTTP date; 0 without one."""
+    value = response.headers.get("Retry-After", "")
+    if value.isdigit():
+        return int(value)
+    with contextlib.suppress(TypeError, ValueError):
+        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    return 0
+
+
+@contextlib.contextmanager
+def only_one(path):
+    """Let one process at a time into the block for `path`, the others wait. Yields a function that says whether this one
+    is still it: a process that was stopped for so long that its lock seemed left behind is not."""
+    lock, me, told = Path(f"{path}.lock"), f"{os.getpid()} {os.urandom(8).hex()}", False
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            with open(lock, "x") as file:
+                file.write(me)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE:
+                lock.unlink()
+                continue
+        if not told:
+            print(f"{path}: waiting for another process (if it was killed, {STALE:.0f} s at most)", file=sys.stderr)
+        told = True
+        time.sleep(0.1)
+
+    def is_mine():
+        with contextlib.suppress(FileNotFoundError):
+            return lock.read_text() == me
+        return False
+
+    def keep():
+        while not done.wait(STALE / 5):
+            with contextlib.suppress(FileNotFoundError):
+                if is_mine():
+                    os.utime(lock)
+
+    done = threading.Event()
+    threading.Thread(target=keep, daemon=True).start()
+    try:
+        yield is_mine
+    finally:
+        done.set()
+        if is_mine():
+            lock.unlink(missing_ok=True)
+
+
+def is_html(head):
+    """Whether bytes are the beginning of a web page (an error page, a login form) and not of a data file."""
+    return head.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html"))
+
+
+def download(url, path, size=None, sha256=None, md5=None):
+    """Download `url` to `path` and return it as a Path; a file that is there already is taken as it is.
+
+    The bytes go to `<path>.part`, which a later try or run continues where the server can do so and the file there is still
+    the same; it becomes `path` once it is whole and has the `size` (bytes) and checksums that are known of it.
+    Without a known SHA-256, the one found is printed and written to `<path>.sha256`. Ends the run in one line on failure.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    part, note, may_go_on = Path(f"{path}.part"), Path(f"{path}.part.json"), True
+
+    def fail(cause):
+        sys.exit(f"error: {mirrored(url)} -> {path}: {cause}")
+
+    def noted():
+        """Of what .part is the beginning: the version as the server names it (or None), and the size in bytes (or None)."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            address, version, total = json.loads(note.read_text())
+            if address == url and part.stat().st_size:
+                return version, total
+        return None, None
+
+    def headers():
+        version = noted()[0]
+        return {"Range": f"bytes={part.stat().st_size}-", "If-Range": version} if version else {}
+
+    def read(response):
+        import tqdm
+        nonlocal may_go_on
+        going_on = "Range" in response.request.headers
+        start = part.stat().st_size if going_on and response.status_code == 206 else 0
+        length = response.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdigit() else size
+        may_go_on &= not going_on or start > 0  # a server that did not go on once is not asked to again
+        fits = response.headers.get("Content-Range", "").startswith(f"bytes {start}-") and noted()[1] in (None, total)
+        if response.status_code == 416 or start and not fits:
+            may_go_on = False
+            note.unlink(missing_ok=True)
+            raise ConnectionError("the server cannot go on where the download stopped")
+        if "text/html" in response.headers.get("Content-Type", ""):
+            fail("a web page, not the file")
+        if size and total not in (None, size):
+            fail(f"the server's file has {total:,} bytes, expected {size:,}")
+        if total and (free := shutil.disk_usage(path.parent).free) < total - start:
+            fail(f"needs {(total - start) / 2**20:,.0f} MiB of disk space, {free / 2**20:,.0f} MiB are free")
+        try:
+            with open(part, "ab" if start else "wb") as file, tqdm.tqdm(
+                    desc=path.name, total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar:
+                if not start:
+                    etag = response.headers.get("ETag", "W/")  # a weak one does not promise the same bytes
+                    version = response.headers.get("Last-Modified") if etag.startswith("W/") else etag
+                    write_text(note, json.dumps([url, version if may_go_on else None, total]))
+                for chunk in response.raw.stream(2**16, decode_content=False):
+                    if not is_mine():
+                        fail("another process has taken this download over")
+                    file.write(chunk)
+                    bar.update(len(chunk))
+        except OSError as error:
+            fail(f"{error.strerror or error}; the same command goes on from here")
+        if total is not None and part.stat().st_size != total:
+            raise ConnectionError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
+
+    with only_one(path) as is_mine:
+        if path.exists():  # another process was faster
+            return path
+        if noted()[1] is None or part.stat().st_size != noted()[1]:
+            request(url, path, read, headers)
+        with open(part, "rb") as file:
+            head = file.read(1000)
+        n_bytes, found = part.stat().st_size, checksum(part, "sha256")
+        wrong = ("an empty file" if not head else "a web page, not the file" if is_html(head) else
+                 f"{n_bytes:,} bytes, expected {size:,}" if size and n_bytes != size else
+                 f"SHA-256 {found}, expected {sha256}" if sha256 and found != sha256.lower() else
+                 f"MD5 {checksum(part, 'md5')}, expected {md5}" if md5 and checksum(part, "md5") != md5.lower() else "")
+        if wrong:
+            part.unlink()
+            note.unlink(missing_ok=True)
+            fail(wrong)
+        if not sha256:
+            write_text(f"{path}.sha256", f"{found}  {path.name}\n")
+        os.replace(part, path)
+        note.unlink(missing_ok=True)
+    print(f"downloaded {path} ({n_bytes:,} bytes, SHA-256 {found})")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo's gene space: invented genes whose texts name the invented processes that they take part in
 
+SYNTHETIC = "SYNTHETIC: invented genes and processes"
 DEMO_PROCESSES = {  # process: (molecular function, cellular component), all invented
     "amber tide regulation": ("amber tide binding", "amber vesicle"),
     "birch lattice assembly": ("lattice ligase activity", "birch lattice"),
@@ -215,7 +474,8 @@ def demo_texts(source):
     if source == "go_all":
         each = [{s: terms[s][i] for s in GO_PREFIX} for i in range(len(genes))]
         return genes, [go_text(e) for e in each], [sum(e.values(), []) for e in each]
-    texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(p)}." for gene, p in zip(genes, terms["go_p"])]
+    texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(processes)}."
+             for gene, processes in zip(genes, terms["go_p"])]
     if source == "ncbi+uniprot":
         texts = [f"{text} Protein summary: Has {' and '.join(f)}." for text, f in zip(texts, terms["go_f"])]
     return genes, texts, None
@@ -227,29 +487,274 @@ def go_text(terms):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Own texts
+# Readers: each gives genes, texts, and for GO each gene's terms (else None); broken files end the run in one line
+
+def read_lines(path):
+    """Yield (number, line) of a UTF-8 text file, gzip-compressed or not. Ends the run at damage, other encodings, web pages
+    and lines too long for any of these formats, naming file and line."""
+    with open(path, "rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file = io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20) if zipped else raw
+        number, problem = 0, None
+        try:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if number == 1 and is_html(line):
+                    problem = "a web page, not the file"
+                elif len(line) == LONGEST_LINE:
+                    problem = f"longer than {LONGEST_LINE:,} bytes"
+                if problem:
+                    break
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            problem = "not UTF-8 text"
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            number, problem = number + 1, f"damaged gzip file ({error})"
+    if problem:
+        sys.exit(f"error: {path}, line {number}: {problem}; {MEND}")
+
+
+def read_json(path, kind):
+    """A JSON file (UTF-8) that holds one object of str -> `kind`, as a dict."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            entries = json.load(file)
+        if not isinstance(entries, dict):
+            raise ValueError("not an object of names and values")
+        for name, value in entries.items():
+            if not isinstance(value, kind):
+                raise ValueError(f"the value of {name!r} is no {kind.__name__}")
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, and the two above
+        sys.exit(f"error: {path}: {error}; {MEND}")
+    return entries
+
 
 def read_tsv(path):
     """Genes and texts of a tab-separated file with the header gene<TAB>text (UTF-8); a gene may stand once."""
     texts = {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            if file.readline().rstrip("\r\n").split("\t") != ["gene", "text"]:
+    for number, line in read_lines(path):
+        fields = line.split("\t")
+        if number == 1:
+            if fields != ["gene", "text"]:
                 sys.exit(f"error: {path}: the first line has to be gene<TAB>text")
-            for number, line in enumerate(file, 2):
-                fields = line.rstrip("\r\n").split("\t")
-                if fields == [""]:
-                    continue
-                if len(fields) != 2 or not all(field.strip() for field in fields):
-                    sys.exit(f"error: {path}, line {number}: expected a gene, a tab and a text")
-                if fields[0] in texts:
-                    sys.exit(f"error: {path}, line {number}: gene {fields[0]!r} stands here a second time")
-                texts[fields[0]] = fields[1]
-    except UnicodeDecodeError as error:
-        sys.exit(f"error: {path}: not UTF-8 text ({error})")
+        elif line:
+            if len(fields) != 2 or not all(field.strip() for field in fields):
+                sys.exit(f"error: {path}, line {number}: expected a gene, a tab and a text")
+            if fields[0] in texts:
+                sys.exit(f"error: {path}, line {number}: gene {fields[0]!r} stands here a second time")
+            texts[fields[0]] = fields[1]
     if not texts:
         sys.exit(f"error: {path}: no gene in it")
-    return list(texts), list(texts.values())
+    return list(texts), list(texts.values()), None
+
+
+def read_released(path):
+    """Genes and texts of a released JSON file: an object of symbol -> text."""
+    texts = {gene: text for gene, text in read_json(path, str).items() if gene and text.strip()}
+    return list(texts), list(texts.values()), None
+
+
+def read_obo(path):
+    """Of an OBO file the names {id: name} of the terms in force, the other ids of them {id: its id now}, and the ids of
+    the obsolete terms."""
+    names, id_now, obsolete = {}, {}, set()
+    in_term, term = False, None
+    for number, line in read_lines(path):
+        if line.startswith("["):
+            in_term, term = line == "[Term]", None
+        elif in_term and line:
+            key, colon, value = line.partition(": ")
+            if not colon or (key != "id" and term is None):
+                sys.exit(f"error: {path}, line {number}: expected 'tag: value', and a term's id first, found {line[:60]!r}")
+            if key == "id":
+                term = value
+            elif key == "name":
+                names[term] = value
+            elif key == "alt_id":
+                id_now[value] = term
+            elif key == "is_obsolete" and value == "true":
+                obsolete.add(term)
+    if not names:
+        sys.exit(f"error: {path}: no [Term] in it: not an OBO file")
+    return {term: name for term, name in names.items() if term not in obsolete}, id_now, obsolete
+
+
+@functools.lru_cache(maxsize=1)  # one reading for all GO sources of a call
+def read_annotations(gaf, obo):
+    """What human genes are annotated with in a GAF 2 file: {source: {gene: {term id: term name}}}, in file order.
+
+    Left out: negated annotations (NOT), those that say there is no data (ND), other species, obsolete terms.
+    """
+    names, id_now, obsolete = read_obo(obo)
+    found, n_unknown = {source: {} for source in GO_PREFIX}, 0
+    for number, line in read_lines(gaf):
+        if not line or line.startswith("!"):
+            continue
+        columns = line.split("\t")
+        if not 15 <= len(columns) <= 17 or not columns[2] or columns[8] not in GO_ASPECT:
+            sys.exit(f"error: {gaf}, line {number}: not a line of a GAF 2 file (17 columns, a symbol in column 3, "
+                     f"F, C or P in column 9): {line[:60]!r}")
+        gene, qualifiers, term, evidence, aspect, taxa = (columns[i] for i in (2, 3, 4, 6, 8, 12))
+        if "NOT" in qualifiers.split("|") or evidence == "ND" or taxa.split("|")[0] != "taxon:9606":
+            continue
+        term = id_now.get(term, term)
+        if term in names:
+            found[GO_ASPECT[aspect]].setdefault(gene, {})[term] = names[term]
+        elif term not in obsolete:
+            n_unknown += 1
+    if not any(found.values()):
+        sys.exit(f"error: {gaf}: no annotation of a human gene with a term of {obo}")
+    if n_unknown:
+        print(f"{gaf}: {n_unknown:,} annotations left out, their terms are not in {obo}")
+    return found
+
+
+def read_go(source, gaf, obo):
+    """Genes, texts and terms of one GO source, or of all three one after the other."""
+    found = read_annotations(gaf, obo)
+    parts = list(GO_PREFIX) if source == "go_all" else [source]
+    genes = list(dict.fromkeys(gene for part in parts for gene in found[part]))
+    terms = [{part: list(found[part].get(gene, {}).values()) for part in parts} for gene in genes]
+    return genes, [go_text(of_gene) for of_gene in terms], [sum(of_gene.values(), []) for of_gene in terms]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Human genes from the primary services, in the released form
+
+def fetch_summaries(url, path):
+    """Symbol and summary of every human gene, from NCBI's E-utilities, as lines of JSON [gene id, symbol, summary].
+
+    Each page of 500 genes is on disk (in `<path>.part`) before the next is asked for: a run that was killed goes on there.
+    """
+    import tqdm
+    key = os.environ.get("NCBI_API_KEY")
+    common = {"db": "gene", "retmode": "json", **({"api_key": key} if key else {})}
+    part = Path(f"{path}.part")
+
+    def ask(tool, take, **params):
+        def read(response):
+            try:
+                return take(response.json())
+            except (ValueError, KeyError, TypeError, AttributeError):  # an overload is reported in an answer of another form
+                raise ConnectionError("not the answer that was asked for") from None
+        time.sleep(0.11 if key else 0.34)  # ten or three requests a second are allowed
+        return request(f"{url}/{tool}.fcgi", path, read, params={**common, **params})
+
+    def take_search(answer):
+        found = answer["esearchresult"]
+        return int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
+
+    def take_genes(answer):
+        genes = answer["result"]
+        return [[i, genes[i].get("name", ""), genes[i].get("summary", "")] for i in genes["uids"]] or genes["none"]
+
+    with only_one(path):
+        if path.exists():
+            return
+        n_genes, found = ask("esearch", take_search, term="9606[taxid] AND alive[prop]", usehistory="y", retmax=0)
+        first = json.dumps({"n_genes": n_genes}).encode()
+        lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # what follows the last \n was cut off
+        if lines[:1] != [first]:  # nothing yet, or of a search that found other genes
+            lines = [first]
+            part.write_bytes(first + b"\n")
+        with open(part, "r+b") as file, tqdm.tqdm(
+                desc=path.name, total=n_genes, initial=len(lines) - 1, unit=" genes", disable=None) as bar:
+            file.truncate(sum(len(line) + 1 for line in lines))
+            file.seek(0, os.SEEK_END)
+            n_done = len(lines) - 1
+            while n_done < n_genes:
+                genes = ask("esummary", take_genes, **found, retstart=n_done, retmax=500)
+                file.write("".join(json.dumps(gene) + "\n" for gene in genes).encode())
+                file.flush()
+                n_done += len(genes)
+                bar.update(len(genes))
+        os.replace(part, path)
+    print(f"downloaded {path} ({n_genes:,} genes)")
+
+
+def read_fresh(summaries, uniprot=None):
+    """Genes and texts in the released form, from what fetch_summaries wrote and (if given) UniProt's table of gene names
+    and functions. A gene that neither says anything of is left out."""
+    texts, functions = {}, {}
+    for number, line in read_lines(summaries):
+        try:
+            if number > 1:
+                _, gene, summary = json.loads(line)
+                if gene and summary:
+                    texts.setdefault(gene, "Gene Symbol " + gene + " " + summary)
+        except (ValueError, TypeError) as error:
+            sys.exit(f"error: {summaries}, line {number}: {error}; delete the file, the next run fetches it again")
+    for number, line in read_lines(uniprot) if uniprot else ():
+        columns = line.split("\t")
+        if len(columns) != 2 or number == 1 and columns != ["Gene Names (primary)", "Function [CC]"]:
+            sys.exit(f"error: {uniprot}, line {number}: not UniProt's table of primary gene names and functions")
+        function = re.sub(r" ?\{ECO:[^}]*\}\.?", "", columns[1].replace("FUNCTION: ", ""))  # without the codes of evidence
+        for gene in columns[0].split("; ") if number > 1 and function else ():
+            functions.setdefault(gene, []).append(function)
+    for gene in filter(None, functions):
+        texts[gene] = f"{texts.get(gene, f'Gene Symbol {gene}')} Protein summary: {' '.join(functions[gene])}"
+    return list(texts), list(texts.values()), None
+
+
+def human_source(source, release, fresh, raw):
+    """Where a human source comes from: what decides its texts (options), {file: address}, function that reads them."""
+    if source in RELEASED and not fresh:
+        path = raw / RELEASED[source].rsplit("/", 1)[1]
+        return {"fresh": False}, {path: RELEASED[source]}, lambda: read_released(path)
+    if source in RELEASED:
+        files = {raw / "ncbi_fresh.jsonl": NCBI, **({raw / "uniprot_fresh.tsv.gz": UNIPROT} if source != "ncbi" else {})}
+        return {"fresh": True}, files, lambda: read_fresh(*files)
+    site = GO_CURRENT if release == "current" else f"{GO_DATED}/{release}"
+    files = {raw / f"goa_human.{release}.gaf.gz": f"{site}/annotations/goa_human.gaf.gz",  # gaf first: read_go's order
+             raw / f"go-basic.{release}.obo": f"{site}/ontology/go-basic.obo"}
+    return {"go_release": release}, files, lambda: read_go(source, *files)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the sources cover
+
+def in_order(sources):
+    """The paper's sources in the paper's order, then the user's own."""
+    return [source for source in SOURCES if source in sources] + [source for source in sources if source not in SOURCES]
+
+
+def report(path, vocab):
+    """Print how many genes each source of annotations.h5 has text for, how many of them scGPT's vocabulary (if `vocab` is
+    there) and each other source has, by exact symbol: the paper's Table 21."""
+    with h5py.File(path, "r") as file:
+        genes = {source: set(file[source]["genes"].asstr()) for source in in_order(file)}
+    columns = {"genes": None, **({"scGPT vocab": set(read_json(vocab, int))} if vocab.exists() else {}), **genes}
+    width = max(map(len, genes))
+    print(f"{'':{width}}  " + "  ".join(f"{name:>{max(7, len(name))}}" for name in columns))
+    for source, own in genes.items():
+        counts = {name: len(own if other is None else own & other) for name, other in columns.items()}
+        print(f"{source:{width}}  " + "  ".join(f"{n:>{max(7, len(name))},}" for name, n in counts.items()))
+
+
+def draw(path, figure_path, title):
+    """Draw the number of genes with text of each source, and each GO category's 20 commonest terms (the paper's Figures 4
+    and 5)."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no window, no backend to choose
+    with h5py.File(path, "r") as file:
+        panels = [("Genes with text", [(source, len(file[source]["genes"])) for source in in_order(file)], "#0072B2")]
+        for source, color in zip(GO_PREFIX, ("#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's colours
+            if source in file:
+                terms, counts = np.unique(file[source]["terms"][:], return_counts=True)
+                bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
+                panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
+    figure = Figure(figsize=(9 * min(len(panels), 2), 5.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    figure.suptitle(title)
+    for i, (name, bars, color) in enumerate(panels):
+        axes = figure.add_subplot((len(panels) + 1) // 2, min(len(panels), 2), i + 1)
+        names = [label if len(label) < 60 else label[:57] + "..." for label, _ in bars]
+        axes.barh(range(len(bars)), [count for _, count in bars], color=color)
+        axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
+        axes.invert_yaxis()
+        axes.set(title=name, xlabel="genes")
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(figure_path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,48 +764,98 @@ def options():
     common_options(parser)
     parser.add_argument("--source", nargs="+", choices=SOURCES, metavar="NAME",
                         help=f"any of {', '.join(SOURCES)} (default: all; with --tsv: none)")
+    parser.add_argument("--go-release", default=PAPER_GO_RELEASE, metavar="DATE",
+                        help=f"a release of the Gene Ontology, as {PAPER_GO_RELEASE}, or current (default: "
+                             f"{PAPER_GO_RELEASE}, the paper's)")
+    parser.add_argument("--fresh", action="store_true",
+                        help="build ncbi and ncbi+uniprot from NCBI's and UniProt's services instead of the released files "
+                             "(ten requests a second instead of three with NCBI_API_KEY in the environment)")
     parser.add_argument("--tsv", nargs="+", default=[], metavar="NAME=FILE",
                         help="own texts as a source NAME: a file with the header gene<TAB>text")
     return parser.parse_args()
+
+
+def recorded(path, source, decides, inputs):
+    """`made_from` of a source as of now; for files that were downloaded once and deleted since, with their fingerprints as
+    of then: a finished output needs no network to know that it is current."""
+    made = json.loads(made_from(decides, [file for file, url in inputs.items() if not url or file.exists()]))
+    with contextlib.suppress(OSError, KeyError), h5py.File(path, "r") as file:
+        old = json.loads(file[source].attrs["made_from"])["inputs"]
+        made["inputs"] |= {file.name: old[file.name] for file in inputs if not file.exists() and file.name in old}
+    return json.dumps(made, sort_keys=True)
+
+
+def collect(todo, force):
+    """Download what the sources in `todo` need and read it: {source: (genes, texts, terms)}."""
+    if force:  # what a service says today may differ from the last time
+        for file in {file for decides, inputs, _ in todo.values() for file in inputs
+                     if decides.get("fresh") or decides.get("go_release") == "current"}:
+            file.unlink(missing_ok=True)
+    texts = {}
+    for source, (_, inputs, read) in todo.items():
+        for file, url in inputs.items():
+            if url:
+                (fetch_summaries if url == NCBI else download)(url, file)
+        texts[source] = read()
+        for gene, text in zip(*texts[source][:2]):
+            if re.search("[\0\ud800-\udfff]", gene + text):
+                sys.exit(f"error: {source}: gene {gene!r}: a NUL or half a surrogate pair in its name or text")
+    return texts
+
+
+def write(path, space, todo, texts):
+    """Write annotations.h5 anew: the sources in `texts`, and those that it has already and `texts` has not."""
+    with only_one(path), write_h5(path, made_from({"space": space}, [])) as new, contextlib.ExitStack() as stack:
+        old = {}
+        with contextlib.suppress(OSError):  # none yet, or not a whole one
+            old = stack.enter_context(h5py.File(path, "r"))
+        for source in old:
+            if source not in texts:
+                old.copy(source, new)
+        for source, (genes, of_genes, terms) in texts.items():
+            decides, inputs, _ = todo[source]
+            group = new.create_group(source)
+            group.attrs["made_from"] = made_from(decides, inputs)
+            if any(inputs.values()):
+                group.attrs["source_urls"] = list(inputs.values())
+            write_strings(group, "genes", genes)
+            write_strings(group, "text", of_genes)
+            if terms is not None:
+                write_strings(group, "terms", [term for of_gene in terms for term in of_gene])
+                group["term_offsets"] = np.cumsum([0] + [len(of_gene) for of_gene in terms])
+            print(f"{source}: {len(genes):,} genes with text{f' ({SYNTHETIC})' if space == 'demo' else ''}")
 
 
 def main():
     args = options()
     space = space_of(args.dataset)
     path = args.root / "data" / space / "annotations.h5"
-    wanted = {}  # source -> (what decides it, a function that gives genes, texts, terms)
+    figure = path.with_suffix(".png")
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}|current", args.go_release):
+        sys.exit(f"error: --go-release {args.go_release}: expected a date as {PAPER_GO_RELEASE}, or current")
+    wanted = {}  # source: what decides it, {input file: its address or None}, function that reads genes, texts, terms
     for item in args.tsv:
         name, _, file = item.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in SOURCES or not file:
-            sys.exit(f"error: --tsv {item}: expected NAME=FILE with a NAME of letters, digits and '_' that is no built-in source")
-        wanted[name] = made_from({"tsv": True}, [file]), lambda file=file: (*read_tsv(file), None)
+            sys.exit(f"error: --tsv {item}: expected NAME=FILE, NAME of letters, digits and '_' and no built-in source")
+        wanted[name] = {"tsv": True}, {Path(file): None}, lambda file=file: read_tsv(file)
     for source in args.source or ([] if args.tsv else SOURCES):
         if space == "demo":
-            wanted[source] = made_from({"demo": 1}, []), lambda source=source: demo_texts(source)
+            wanted[source] = {"demo": 1}, {}, lambda source=source: demo_texts(source)
         else:
-            sys.exit(f"error: --source {source} is not there yet for human genes; use --tsv NAME=FILE")
+            wanted[source] = human_source(source, args.go_release, args.fresh, path.parent / "raw")
 
-    todo = {s: w for s, w in wanted.items() if not is_current(path, w[0], args.force, s)}
-    if not todo:
+    todo = {source: of for source, of in wanted.items()
+            if not is_current(path, recorded(path, source, *of[:2]), args.force, source)}
+    if not todo and figure.exists():
         return
-    made = made_from({"space": space}, [])
-    with write_h5(path, made) as new:
-        if path.exists() and h5py.is_hdf5(path):
-            with h5py.File(path, "r") as old:
-                for source in old:
-                    if source not in todo:
-                        old.copy(source, new)
-        for source, (made, texts_of) in todo.items():
-            genes, texts, terms = texts_of()
-            group = new.create_group(source)
-            group.attrs["made_from"] = made
-            write_strings(group, "genes", genes)
-            write_strings(group, "text", texts)
-            if terms is not None:
-                write_strings(group, "terms", [term for of_gene in terms for term in of_gene])
-                group["term_offsets"] = np.cumsum([0] + [len(of_gene) for of_gene in terms])
-            print(f"{source}: {len(genes):,} genes with text" + (" (SYNTHETIC: invented genes and processes)" if space == "demo" else ""))
-    print(f"wrote {path}\nnext: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
+    if todo:
+        figure.unlink(missing_ok=True)  # drawn again even if this run is killed before it comes to that
+        write(path, space, todo, collect(todo, args.force))
+    report(path, path.parent / "scgpt" / "vocab.json")
+    draw(path, figure, SYNTHETIC if space == "demo" else "Human genes")
+    print(f"wrote {path} and {figure}")
+    print("next: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,514 @@
+"""Stage 01 as a process: the demo's texts, own texts, and human genes from a local server in the place of the real ones."""
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import h5py
+import pytest
+from server import Server
+
+SCRIPT = Path(__file__).parent.parent / "01_fetch_annotations.py"
+sys.path.insert(0, str(SCRIPT.parent))
+KEY = "0123secret0123"
+BUCKET = "/czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations/"
+NCBI = BUCKET + "NCBI_summary_of_genes.json"
+RELEASE = "/release.geneontology.org/2024-01-17/"
+GAF, OBO = RELEASE + "annotations/goa_human.gaf.gz", RELEASE + "ontology/go-basic.obo"
+CURRENT = "/current.geneontology.org/"
+EUTILS, UNIPROT = "/eutils.ncbi.nlm.nih.gov/entrez/eutils/", "/rest.uniprot.org/uniprotkb/stream"
+
+ONTOLOGY = """format-version: 1.2
+ontology: go
+
+[Term]
+id: GO:0000981
+name: DNA-binding transcription factor activity, RNA polymerase II-specific
+namespace: molecular_function
+alt_id: GO:0000999
+
+[Term]
+id: GO:0003677
+name: DNA binding
+namespace: molecular_function
+
+[Term]
+id: GO:0005634
+name: nucleus
+namespace: cellular_component
+
+[Term]
+id: GO:0006357
+name: regulation of transcription by RNA polymerase II
+namespace: biological_process
+
+[Term]
+id: GO:0006350
+name: obsolete transcription
+is_obsolete: true
+
+[Typedef]
+id: part_of
+name: part of
+"""
+
+
+def annotation(gene, term, aspect, qualifier="enables", evidence="IDA", taxon="taxon:9606"):
+    """A line of a GAF 2.2 file."""
+    return "\t".join(["UniProtKB", "P1", gene, qualifier, term, "PMID:1", evidence, "", aspect, "a name", "", "protein",
+                      taxon, "20240101", "UniProt", "", ""]) + "\n"
+
+
+ANNOTATIONS = "!gaf-version: 2.2\n!\n" + "".join([
+    annotation("FOSB", "GO:0000981", "F"),
+    annotation("FOSB", "GO:0003677", "F"),
+    annotation("FOSB", "GO:0006357", "P", "involved_in"),
+    annotation("FOSB", "GO:0005634", "C", "located_in"),
+    annotation("KLF1", "GO:0005634", "C", "located_in"),
+])
+NCBI_TEXTS = {"FOSB": "Gene Symbol FOSB The Fos gene family.", "KLF1": "Gene Symbol KLF1 An erythroid factor."}
+FILES = {NCBI: json.dumps(NCBI_TEXTS).encode(),
+         BUCKET + "NCBI_UniProt_summary_of_genes.json": b'{"FOSB": "Gene Symbol FOSB A factor. Protein summary: Binds."}',
+         GAF: gzip.compress(ANNOTATIONS.encode()), OBO: ONTOLOGY.encode()}
+
+
+def start(root, *options, server=None, dataset="norman", **environment):
+    mirror = server.url if server else "http://127.0.0.1:9/"  # nobody is there
+    environment = {**os.environ, "SCGENEPT_PATIENCE": "0.03", "SCGENEPT_MIRROR": mirror, **environment}
+    return subprocess.Popen([sys.executable, str(SCRIPT), "--root", str(root), "--dataset", dataset, *options],
+                            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(*arguments, **named):
+    """Exit code, output and error output of stage 01 with --root and further options."""
+    process = start(*arguments, **named)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def made(*arguments, **named):
+    """The output of a run that succeeds."""
+    code, output, errors = run(*arguments, **named)
+    assert code == 0, errors
+    return output
+
+
+def fails(result, *words):
+    code, _, errors = result
+    assert code == 1 and "Traceback" not in errors, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), last
+
+
+def texts(root, source, space="human"):
+    """{gene: text} of a source in annotations.h5."""
+    with h5py.File(root / "data" / space / "annotations.h5", "r") as file:
+        return dict(zip(file[source]["genes"].asstr(), file[source]["text"].asstr()))
+
+
+def terms(root, source):
+    """{gene: [term, ...]} of a GO source in annotations.h5."""
+    with h5py.File(root / "data/human/annotations.h5", "r") as file:
+        names, offsets = file[source]["terms"].asstr()[:], file[source]["term_offsets"][:]
+        return {gene: list(names[a:b]) for gene, a, b in zip(file[source]["genes"].asstr(), offsets, offsets[1:])}
+
+
+def go_server(*lines, ontology=ONTOLOGY):
+    return Server({GAF: gzip.compress(("!gaf-version: 2.2\n" + "".join(lines)).encode()), OBO: ontology.encode()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo made twice: two folders, and what the second run printed."""
+    roots = [tmp_path_factory.mktemp("demo") for _ in range(2)]
+    return roots, [made(root, dataset="demo") for root in roots][1]
+
+
+def test_the_demo_needs_no_network_and_says_that_it_is_synthetic(demo):
+    roots, output = demo
+    assert "SYNTHETIC" in output and len(texts(roots[0], "go_all", "demo")) == 128
+    assert (roots[0] / "data/demo/annotations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_gives_the_same_output_dates_aside(demo):
+    def contents(root):
+        found = {}
+        with h5py.File(root / "data/demo/annotations.h5", "r") as file:
+            file.visititems(lambda name, item: found.update({name: item[:].tolist()} if hasattr(item, "dtype") else {}))
+        return found, (root / "data/demo/annotations.png").read_bytes()
+    assert contents(demo[0][0]) == contents(demo[0][1])
+
+
+def test_help_comes_at_once():
+    started = time.time()
+    assert subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True).returncode == 0
+    assert time.time() - started < 2  # half a second, on a machine that does nothing else
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Human genes, released texts and Gene Ontology
+
+@pytest.fixture(scope="module")
+def human(tmp_path_factory):
+    """A folder with the six sources, what the run printed, and what the server was asked for."""
+    root = tmp_path_factory.mktemp("human")
+    (root / "data/human/scgpt").mkdir(parents=True)
+    (root / "data/human/scgpt/vocab.json").write_text(json.dumps({"FOSB": 0, "TP53": 1, "<pad>": 2}))
+    with Server(FILES) as server:
+        return root, made(root, server=server), server.requests
+
+
+def test_the_six_sources_of_the_paper_are_the_default(human):
+    with h5py.File(human[0] / "data/human/annotations.h5", "r") as file:
+        assert set(file) == {"ncbi", "ncbi+uniprot", "go_f", "go_c", "go_p", "go_all"}
+
+
+def test_the_released_texts_are_taken_as_they_are(human):
+    assert texts(human[0], "ncbi") == NCBI_TEXTS
+
+
+def test_the_go_text_of_fosb_is_the_papers_table_22(human):
+    assert texts(human[0], "go_f")["FOSB"] == ("Molecular Function: DNA-binding transcription factor activity, "
+                                               "RNA polymerase II-specific, DNA binding")
+
+
+def test_go_all_joins_function_component_process(human):
+    assert texts(human[0], "go_all") == {
+        "FOSB": "Molecular Function: DNA-binding transcription factor activity, RNA polymerase II-specific, DNA binding; "
+                "Cellular Component: nucleus; Biological Process: regulation of transcription by RNA polymerase II",
+        "KLF1": "Cellular Component: nucleus"}
+    assert terms(human[0], "go_all")["KLF1"] == ["nucleus"]
+
+
+def test_terms_stand_one_by_one_for_the_avg_mode(human):
+    assert terms(human[0], "go_f") == {
+        "FOSB": ["DNA-binding transcription factor activity, RNA polymerase II-specific", "DNA binding"]}
+
+
+def test_the_overlaps_are_printed_as_in_table_21(human):
+    rows = [line.split() for line in human[1].splitlines()]
+    assert ["ncbi", "2", "1", "2", "1", "1", "2", "1", "2"] in rows  # genes, of the vocabulary, of each source
+    assert ["go_f", "1", "1", "1", "1", "1", "1", "1", "1"] in rows
+
+
+def test_the_file_says_where_each_source_came_from(human):
+    with h5py.File(human[0] / "data/human/annotations.h5", "r") as file:
+        source = json.loads(file["go_c"].attrs["made_from"])
+        assert source["options"] == {"go_release": "2024-01-17"}
+        gaf = human[0] / "data/human/raw/goa_human.2024-01-17.gaf.gz"
+        assert source["inputs"][gaf.name] == hashlib.sha256(gaf.read_bytes()).hexdigest()
+        assert list(file["go_c"].attrs["source_urls"]) == ["https:/" + GAF, "https:/" + OBO]
+
+
+def test_each_file_is_asked_for_once(human):
+    assert sorted(request.path for request in human[2]) == sorted(FILES)
+
+
+def test_a_second_run_needs_no_network_even_without_the_downloads(human, tmp_path):
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    assert made(root).count("there already") == 6
+    shutil.rmtree(root / "data/human/raw")
+    assert made(root).count("there already") == 6
+
+
+def test_a_changed_download_makes_its_sources_stale(human, tmp_path):
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    (root / "data/human/raw/NCBI_summary_of_genes.json").write_text('{"TP53": "Gene Symbol TP53 changed"}')
+    output = made(root, "--source", "ncbi", "go_c")
+    assert "ncbi: stale, made again (NCBI_summary_of_genes.json changed)" in output and "go_c: there already" in output
+    assert texts(root, "ncbi") == {"TP53": "Gene Symbol TP53 changed"} and "FOSB" in texts(root, "go_f")
+
+
+def test_another_go_release_is_another_input(human, tmp_path):
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    with Server({CURRENT + "annotations/goa_human.gaf.gz": FILES[GAF],
+                 CURRENT + "ontology/go-basic.obo": FILES[OBO]}) as server:
+        output = made(root, "--source", "go_c", "--go-release", "current", server=server)
+    assert "go_c: stale, made again (go_release was 2024-01-17, now current" in output
+
+
+def test_a_go_release_is_a_date(tmp_path):
+    fails(run(tmp_path, "--source", "go_c", "--go-release", "../x"), "--go-release", "date")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which annotations count
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory):
+    root = tmp_path_factory.mktemp("selected")
+    with go_server(annotation("TWICE", "GO:0003677", "F"), annotation("TWICE", "GO:0003677", "F", evidence="IEA"),
+                   annotation("ALT", "GO:0000999", "F"), annotation("ALT", "GO:0000981", "F"),
+                   annotation("NEGATED", "GO:0003677", "F", "NOT|enables"),
+                   annotation("NODATA", "GO:0003677", "F", evidence="ND"),
+                   annotation("OBSOLETE", "GO:0006350", "P"),
+                   annotation("MOUSE", "GO:0003677", "F", taxon="taxon:10090"),
+                   annotation("VIRAL", "GO:0003677", "F", taxon="taxon:11676|taxon:9606"),
+                   annotation("HOST", "GO:0003677", "F", taxon="taxon:9606|taxon:11676"),
+                   annotation("ORDER", "GO:0003677", "F"), annotation("ORDER", "GO:0000981", "F"),
+                   annotation("UNKNOWN", "GO:7777777", "F")) as server:
+        return root, made(root, "--source", "go_f", "go_p", server=server)
+
+
+def test_a_term_stands_once_a_gene(selected):
+    assert terms(selected[0], "go_f")["TWICE"] == ["DNA binding"]
+
+
+def test_an_alternative_id_is_its_primary_term(selected):
+    assert terms(selected[0], "go_f")["ALT"] == ["DNA-binding transcription factor activity, RNA polymerase II-specific"]
+
+
+def test_terms_keep_the_files_order(selected):
+    assert terms(selected[0], "go_f")["ORDER"][0] == "DNA binding"
+
+
+@pytest.mark.parametrize("gene", ["NEGATED", "NODATA", "OBSOLETE", "MOUSE", "VIRAL", "UNKNOWN"])
+def test_negated_absent_obsolete_foreign_and_unknown_annotations_are_left_out(selected, gene):
+    assert gene not in texts(selected[0], "go_f") and gene not in texts(selected[0], "go_p")
+
+
+def test_of_two_taxa_the_first_is_the_genes(selected):
+    assert "HOST" in texts(selected[0], "go_f")
+
+
+def test_terms_that_the_ontology_does_not_know_are_counted(selected):
+    assert "1 annotations left out" in selected[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken downloads
+
+BROKEN = {  # name: (source, path, body, what the error says)
+    "a web page for JSON": ("ncbi", NCBI, b"<html>Sign in</html>", ["web page"]),
+    "half a JSON file": ("ncbi", NCBI, b'{"FOSB": "Gene', ["NCBI_summary", "line 1"]),
+    "a JSON list": ("ncbi", NCBI, b'["FOSB"]', ["not an object"]),
+    "a number for a text": ("ncbi", NCBI, b'{"FOSB": 1}', ["'FOSB'", "no str"]),
+    "JSON in Latin-1": ("ncbi", NCBI, '{"FOSB": "é"}'.encode("latin-1"), ["utf-8"]),
+    "nested without end": ("ncbi", NCBI, b"[" * 100_000, ["recursion"]),
+    "a NUL": ("ncbi", NCBI, b'{"FOSB": "a\\u0000b"}', ["'FOSB'", "NUL"]),
+    "half a surrogate pair": ("ncbi", NCBI, b'{"FOSB": "\\ud800"}', ["'FOSB'", "surrogate"]),
+    "a truncated gzip file": ("go_f", GAF, FILES[GAF][:-20], ["goa_human", "line", "damaged gzip"]),
+    "damage inside a gzip file": ("go_f", GAF, FILES[GAF][:60] + b"\0\0\0" + FILES[GAF][63:], ["goa_human", "damaged gzip"]),
+    "a web page in gzip": ("go_f", GAF, gzip.compress(b"<!DOCTYPE html>"), ["goa_human", "line 1", "web page"]),
+    "too few columns": ("go_f", GAF, gzip.compress(b"!gaf-version: 2.2\nUniProtKB\tP1\tFOSB\n"), ["line 2", "17 columns"]),
+    "a wrong aspect": ("go_f", GAF, gzip.compress(annotation("A", "GO:0003677", "X").encode()), ["line 1", "F, C or P"]),
+    "GAF in Latin-1": ("go_f", GAF, gzip.compress((ANNOTATIONS + "é").encode("latin-1")), ["line 8", "UTF-8"]),
+    "a million characters": ("go_f", GAF, gzip.compress(ANNOTATIONS.encode() + b"x" * 10**6), ["line 8", "500,000 bytes"]),
+    "no human gene": ("go_f", GAF, gzip.compress(b"!gaf-version: 2.2\n"), ["no annotation of a human gene"]),
+    "no ontology": ("go_f", OBO, b"format-version: 1.2\n", ["not an OBO file"]),
+    "a term without id": ("go_f", OBO, b"[Term]\nname: x\n", ["line 2", "id first"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_ends_in_one_line_that_names_it(tmp_path, name):
+    source, place, body, words = BROKEN[name]
+    with Server({**FILES, place: body}) as server:
+        fails(run(tmp_path, "--source", source, server=server), *words)
+    assert not (tmp_path / "data/human/annotations.h5").exists()
+
+
+def test_a_source_that_fails_leaves_the_others_as_they_were(human, tmp_path):
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    before = (root / "data/human/annotations.h5").read_bytes()
+    (root / "data/human/raw/NCBI_summary_of_genes.json").write_text("{")
+    fails(run(root, "--source", "ncbi"), "NCBI_summary_of_genes.json")
+    assert (root / "data/human/annotations.h5").read_bytes() == before
+
+
+def test_a_damaged_output_is_made_again(human, tmp_path):
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    path = root / "data/human/annotations.h5"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "not a whole HDF5 file, made again" in made(root, "--source", "ncbi")
+    assert texts(root, "ncbi") == NCBI_TEXTS
+
+
+def mutated(content, rng):
+    """Bytes with one to four places changed, cut out, put in, or everything after them gone."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(content) + 1)
+        end = rng.choice([at, at + 1, at + rng.randrange(30), len(content)])
+        content[at:end] = rng.choice([b"", rng.randbytes(rng.randrange(6)), b"\n", b"\t", b'"', b"[", b"{}", b"null", b"1"])
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["gaf", "gaf.gz", "obo", "json", "tsv", "jsonl", "uniprot"])
+def test_whatever_stands_in_a_file_it_is_read_or_refused_in_one_line(tmp_path, kind):
+    stage = importlib.import_module("01_fetch_annotations")
+    pages = b'{"n_genes": 2}\n["0", "GENE0", ""]\n["1", "GENE1", "Summary 1."]\n'
+    for name, content in (("ok.obo", FILES[OBO]), ("ok.gaf", ANNOTATIONS.encode()), ("ok.jsonl", pages)):
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / kind
+    content, read = {
+        "gaf": (ANNOTATIONS.encode(), lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
+        "gaf.gz": (FILES[GAF], lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
+        "obo": (FILES[OBO], lambda: stage.read_go("go_all", tmp_path / "ok.gaf", path)),
+        "json": (json.dumps(NCBI_TEXTS).encode(), lambda: stage.read_released(path)),
+        "tsv": (b"gene\ttext\nA\tb\nC\td\n", lambda: stage.read_tsv(path)),
+        "jsonl": (pages, lambda: stage.read_fresh(path)),
+        "uniprot": (PROTEINS.encode(), lambda: stage.read_fresh(tmp_path / "ok.jsonl", path)),
+    }[kind]
+    rng = random.Random(kind)
+    for _ in range(100):
+        path.write_bytes(mutated(content, rng))
+        stage.read_annotations.cache_clear()
+        try:
+            genes, found, _ = read()
+        except SystemExit as end:
+            assert str(end).startswith("error: ") and "\n" not in str(end)
+        else:
+            assert all(isinstance(part, str) for part in genes + found) and len(genes) == len(found)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
+def test_a_full_disk_ends_in_one_line_and_leaves_the_earlier_output(human, tmp_path):
+    import resource
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    before = (root / "data/human/annotations.h5").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # inherited by the process
+    try:
+        process = start(root, "--source", "go_f", "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    output, errors = process.communicate()
+    fails((process.returncode, output, errors), "annotations.h5", "too large")
+    assert (root / "data/human/annotations.h5").read_bytes() == before
+    assert not list(root.rglob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts from the primary services
+
+N_GENES = 1200
+PROTEINS = ("Gene Names (primary)\tFunction [CC]\n"
+            "GENE1\tFUNCTION: Binds zinc (PubMed:1). {ECO:0000269|PubMed:1}.\n"
+            "GENE2; ALONE\tFUNCTION: Cuts.\n"
+            "GENE3\t\n")
+
+
+def services(method, path, headers, body):
+    """E-utilities with N_GENES genes, every tenth without a summary, and UniProt's table."""
+    asked = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
+    if path.startswith(UNIPROT):
+        return 200, {}, gzip.compress(PROTEINS.encode())
+    if path.startswith(EUTILS + "esearch.fcgi"):
+        assert asked["usehistory"] == "y" and asked["term"] == "9606[taxid] AND alive[prop]" and asked["db"] == "gene"
+        answer = {"esearchresult": {"count": str(N_GENES), "querykey": "1", "webenv": "MCID_1"}}
+    elif path.startswith(EUTILS + "esummary.fcgi"):
+        assert asked["WebEnv"] == "MCID_1" and asked["query_key"] == "1"
+        ids = [str(i) for i in range(N_GENES)][int(asked["retstart"]):][:int(asked["retmax"])]
+        answer = {"result": {"uids": ids, **{i: {"uid": i, "name": f"GENE{i}", "description": "",
+                                                 "summary": f"Summary {i}." if int(i) % 10 else ""} for i in ids}}}
+    else:
+        return None
+    return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+
+def fresh(root, server, *options, **environment):
+    return start(root, "--source", "ncbi", "ncbi+uniprot", "--fresh", *options, server=server, **environment)
+
+
+def test_fresh_texts_have_the_released_form(tmp_path):
+    with Server(hook=services) as server:
+        output, errors = fresh(tmp_path, server).communicate()
+    found, both = texts(tmp_path, "ncbi"), texts(tmp_path, "ncbi+uniprot")
+    assert found["GENE1"] == "Gene Symbol GENE1 Summary 1." and len(found) == N_GENES * 9 // 10
+    assert both["GENE1"] == "Gene Symbol GENE1 Summary 1. Protein summary: Binds zinc (PubMed:1)."
+    assert both["ALONE"] == "Gene Symbol ALONE Protein summary: Cuts." and both["GENE3"] == found["GENE3"]
+
+
+def test_fresh_continues_after_sigkill_with_the_page_that_is_missing_and_the_key_is_nowhere(tmp_path):
+    page = EUTILS + "esummary.fcgi"
+    with Server(hook=services) as server:
+        server.misbehave(page, {}, {"status": 503}, {"body": b'{"error": "too many requests"}'}, {"stall": 60})
+        process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
+        while len(server.asked(page)) < 4:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        printed = "".join(process.communicate())
+        assert not (tmp_path / "data/human/annotations.h5").exists()
+        printed += "".join(fresh(tmp_path, server, NCBI_API_KEY=KEY).communicate())
+        starts = [parse_qs(urlsplit(request.path).query)["retstart"][0] for request in server.asked(page)]
+        assert starts == ["0", "500", "500", "500", "500", "1000"]
+        assert all(KEY in request.path for request in server.requests if EUTILS in request.path)
+        server.misbehave(EUTILS + "esearch.fcgi", {"status": 400, "body": b'{"error": "API key invalid"}'})
+        refused = fresh(tmp_path, server, "--force", NCBI_API_KEY=KEY)
+        printed += "".join(refused.communicate())
+        assert refused.returncode == 1 and "400" in printed
+    printed += "".join(fresh(tmp_path, server, "--force", NCBI_API_KEY=KEY).communicate())  # the server is gone
+    assert "refused" in printed
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert len(texts(tmp_path, "ncbi")) == N_GENES * 9 // 10
+    assert KEY not in printed and KEY.encode() not in written
+
+
+def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
+    raw = tmp_path / "data/human/raw"
+    raw.mkdir(parents=True)
+    (raw / "ncbi_fresh.jsonl.part").write_text(f'{{"n_genes": {N_GENES}}}\n["0", "GENE0", ""]\n["1", "GENE1", "Summ')
+    with Server(hook=services) as server:
+        fresh(tmp_path, server).communicate()
+    assert texts(tmp_path, "ncbi")["GENE1"] == "Gene Symbol GENE1 Summary 1."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own texts
+
+def test_own_texts_are_a_source_beside_the_others(human, tmp_path):
+    root = shutil.copytree(human[0], tmp_path / "copy")
+    (tmp_path / "notes.tsv").write_text("gene\ttext\nFOSB\tmine, with \"quotes\" and ünicode\n", encoding="utf-8")
+    made(root, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
+    assert texts(root, "notes") == {"FOSB": "mine, with \"quotes\" and ünicode"} and texts(root, "ncbi") == NCBI_TEXTS
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"symbol\ttext\nA\tb\n", ["gene<TAB>text"]),
+    (b"gene\ttext\nA\tb\nA\tc\n", ["line 3", "'A'", "second time"]),
+    (b"gene\ttext\nA\n", ["line 2", "a tab"]),
+    (b"gene\ttext\nA\t \n", ["line 2", "a text"]),
+    (b"gene\ttext\nA\t\xff\n", ["line 2", "UTF-8"]),
+    (b"gene\ttext\nA\tb\0\n", ["'A'", "NUL"]),
+    (b"gene\ttext\nA\t" + b"x" * 10**6, ["line 2", "500,000 bytes"]),
+    (b"gene\ttext\n", ["no gene"]),
+    (b"", ["no gene"]),
+    (None, ["No such file", "notes.tsv"]),
+])
+def test_a_table_that_cannot_be_read_ends_in_one_line(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "notes.tsv").write_bytes(content)
+    fails(run(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}", dataset="demo"), "notes", *words)
+
+
+def test_a_table_that_is_gone_is_missed_though_its_texts_are_there(tmp_path):
+    (tmp_path / "notes.tsv").write_text("gene\ttext\nA\tb\n")
+    made(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
+    (tmp_path / "notes.tsv").unlink()
+    fails(run(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}"), "No such file")
+
+
+@pytest.mark.parametrize("name", ["ncbi", "a/b", "..", "", "a+b"])
+def test_a_name_that_is_taken_or_no_name_is_refused(tmp_path, name):
+    fails(run(tmp_path, "--tsv", f"{name}=notes.tsv"), "--tsv", "NAME")
+
+
+def test_two_runs_at_once_lose_none_of_their_sources(tmp_path):
+    processes = [start(tmp_path, "--source", source, dataset="demo", SCGENEPT_PATIENCE="1")
+                 for source in ("ncbi", "go_f", "go_c")]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    with h5py.File(tmp_path / "data/demo/annotations.h5", "r") as file:
+        assert set(file) == {"ncbi", "go_f", "go_c"}
