@@ -16,7 +16,6 @@ truncated SVD of the texts: offline, a plain baseline; each source has a space o
 """
 import argparse
 import csv
-import email.utils
 import hashlib
 import importlib
 import io
@@ -27,7 +26,6 @@ import re
 import struct
 import sys
 import threading
-import time
 import urllib.parse
 import zipfile
 from array import array
@@ -71,9 +69,10 @@ COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0
 # ---------------------------------------------------------------------------------------------------------------------
 # The texts
 
-def read_texts(path, source, mode, made_by):
-    """What is to be embedded for one source of annotations.h5: `genes` (N), the distinct `texts` (T), and the sparse
-    matrix (N, T) that takes text vectors to gene vectors (concat: a single 1 in each row; avg: 1 / number of terms)."""
+def read_texts(path, source, mode, made_by, max_bytes=None):
+    """What is to be embedded for one source of annotations.h5: `genes` (N), the distinct `texts` (T), cut to `max_bytes`,
+    and the sparse matrix (N, T) that takes text vectors to gene vectors (concat: a single 1 in each row; avg: 1 / number
+    of terms)."""
     import scipy.sparse
     with stage01.open_h5(path, made_by, [source]) as file:
         group = file[source]
@@ -89,6 +88,10 @@ def read_texts(path, source, mode, made_by):
             sys.exit(f"error: {path}: source {source!r} is damaged ({error}); make it again: python {made_by} --force")
         if not fit:
             sys.exit(f"error: {path}: genes and texts of {source!r} do not fit; make it again: python {made_by} --force")
+    for i in [i for i, text in enumerate(texts) if max_bytes and len(text.encode()) > max_bytes]:
+        gene = genes[np.searchsorted(offsets, i, "right") - 1]
+        print(f"{gene}: text of {len(texts[i]):,} characters cut to {max_bytes:,} bytes")
+        texts[i] = texts[i].encode()[:max_bytes].decode(errors="ignore")
     distinct, idx = np.unique(texts.astype(object), return_inverse=True)
     average = scipy.sparse.csr_matrix((np.repeat(1 / n_texts, n_texts), idx, offsets), shape=(len(genes), len(distinct)))
     return genes, distinct, average
@@ -137,7 +140,7 @@ def leading_directions(matrix, k):
     """The right singular vectors (m, k) of a matrix (n, m), dense or sparse, and their singular values (k), largest first;
     fewer if its rank is lower. Block power iteration (Halko et al. 2011, algorithm 4.4), same result at every call."""
     width = min(k + 16, *matrix.shape)
-    basis = np.random.default_rng(0).standard_normal((matrix.shape[1], width))
+    basis = np.random.default_rng(0).standard_normal((matrix.shape[1], width)).astype(matrix.dtype)
     for _ in range(6):
         basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
     _, s, rotation = np.linalg.svd(matrix @ basis, full_matrices=False)
@@ -162,14 +165,6 @@ def published(source, mode, folder):
         return path, GENEPT["url"], lambda: read_zip(path, name)
     path = stage01.download(BUCKET + name, folder / urllib.parse.unquote(name))
     return path, BUCKET + name, lambda: read_pickle(path)
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_pickle(path):
@@ -224,7 +219,8 @@ def array_values(raw, dtype, shape):
 
 
 # What a pickled numpy array names, and what is done instead of calling it. (Protocol 2 spells bytes as _codecs.encode.)
-ADMITTED = {"numpy.ndarray": lambda *_: None, "numpy.dtype": new_dtype, "_codecs.encode": lambda text, _: text.encode("latin1")}
+ADMITTED = {"numpy.ndarray": lambda *_: None, "numpy.dtype": new_dtype,
+            "_codecs.encode": lambda text, _: text.encode("latin1")}
 for module in ("numpy.core", "numpy._core"):  # before and since numpy 2
     ADMITTED[f"{module}.multiarray._reconstruct"] = lambda *_: array("f")  # empty; BUILD brings shape, dtype and bytes
     ADMITTED[f"{module}.multiarray.scalar"] = lambda dtype, raw: array_values(raw, dtype, (1,))[0]
@@ -248,6 +244,12 @@ def read_vectors(path, file, size):
         if len(data) < n:
             raise EOFError
         return data
+
+    def remember(key):
+        """Keep the top of the stack for a later GET, unless it is long text or bytes, or holds them: those are the bytes
+        of an array, which no pickler refers to twice, and together they would outweigh the vectors."""
+        parts = stack[-1] if isinstance(stack[-1], tuple) else [stack[-1]]
+        memo[key] = None if any(isinstance(part, (str, bytes)) and len(part) > 256 for part in parts) else stack[-1]
 
     def line():
         return file.readline(256).decode("utf-8", "replace").rstrip("\n")
@@ -287,6 +289,8 @@ def read_vectors(path, file, size):
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
                 raise ValueError(f"a key is no string but a {type(key).__name__}")
+            if "\0" in key:
+                raise ValueError(f"a key with a NUL in it: {key[:40]!r}")
             table[key] = vector(value)
 
     try:
@@ -318,8 +322,8 @@ def read_vectors(path, file, size):
                     stack[-1].extend(items)
                 elif op == b"u":
                     set_items(stack[-1], items)
-                else:
-                    stack.append(tuple(items))
+                else:  # a tuple of floats is a gene's vector
+                    stack.append(array("f", items) if items and isinstance(items[0], float) else tuple(items))
             elif op == b"a":
                 item = stack.pop()
                 stack[-1].append(item)
@@ -345,9 +349,9 @@ def read_vectors(path, file, size):
                 else:
                     stack[-1][1] = state[1]
             elif op == b"\x94":
-                memo[len(memo)] = stack[-1]
+                remember(len(memo))
             elif op in b"qr":
-                memo[int.from_bytes(exactly(1 if op == b"q" else 4), "little")] = stack[-1]
+                remember(int.from_bytes(exactly(1 if op == b"q" else 4), "little"))
             elif op in b"hj":
                 stack.append(memo[int.from_bytes(exactly(1 if op == b"h" else 4), "little")])
             elif op == b"\x95":
@@ -375,13 +379,7 @@ def read_vectors(path, file, size):
 def openai_vectors(genes, texts, average, model, base_url, batch_size, cache, dry_run):
     """Vectors (N, d) from a server, or None in a dry run, which only prints what it would cost. Each finished batch is
     a file of the folder `cache` at once, and only texts that no such file holds are sent."""
-    position = {}  # SHA-256 of what is sent: its column of `average`
-    for i, text in enumerate(texts):
-        if len(text.encode()) > 3 * MAX_TEXT_TOKENS:
-            gene = genes[average[:, [i]].nonzero()[0][0]]
-            print(f"{gene}: text of {len(text):,} characters cut to what the API takes")
-            text = texts[i] = text.encode()[:3 * MAX_TEXT_TOKENS].decode(errors="ignore")
-        position.setdefault(hashlib.sha256(text.encode()).digest(), i)
+    position = {hashlib.sha256(text.encode()).digest(): i for i, text in enumerate(texts)}  # column of `average`
     missing, dims = dict.fromkeys(position.values()), set()
     for idx, vectors in cached(cache, position):
         dims.add(vectors.shape[1])
@@ -389,10 +387,10 @@ def openai_vectors(genes, texts, average, model, base_url, batch_size, cache, dr
             del missing[i]
     n_tokens = sum(math.ceil(len(texts[i].encode()) / BYTES_PER_TOKEN) for i in missing)
     price = DOLLARS_PER_MILLION_TOKENS.get(model)
-    print(f"{len(genes):,} genes, {len(position):,} distinct texts, {len(position) - len(missing):,} of them embedded before; "
-          f"to send: {len(missing):,} texts, about {n_tokens:,} tokens, "
-          + (f"no price known for {model}" if price is None else
-             f"about ${n_tokens * price / 1e6:.4f} ({model}, price noted in {PRICES_NOTED})"), flush=True)
+    cost = (f"about ${n_tokens * price / 1e6:.4f} ({model}, price noted in {PRICES_NOTED})" if price is not None else
+            f"no price known for {model}")
+    print(f"{len(genes):,} genes, {len(position):,} distinct texts, {len(position) - len(missing):,} of them embedded "
+          f"before; to send: {len(missing):,} texts, about {n_tokens:,} tokens, {cost}", flush=True)
     if dry_run:
         return None
     if missing:
@@ -437,10 +435,16 @@ def send(texts, model, base_url, batch_size, cache, dims):
     stop = threading.Event()
 
     def embed(batch):
-        vectors = request(client, model, batch, key, stop)
+        if stop.is_set():
+            return 0
+        try:
+            vectors = request(client, model, batch, key, stop)
+        except BaseException:
+            stop.set()  # what the server refuses once it need not be asked again
+            raise
         dims.add(vectors.shape[1])
         if len(dims) > 1:
-            sys.exit(f"error: {base_url}: vectors of {vectors.shape[1]} numbers, but of other lengths ({sorted(dims)}) before; "
+            sys.exit(f"error: {base_url}: vectors of different lengths ({', '.join(map(str, sorted(dims)))} numbers); "
                      f"if the model has changed, delete {cache}")
         keys = np.array([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in batch])
         with stage01.replacing(cache / f"{hashlib.sha256(keys.tobytes()).hexdigest()[:32]}.npz") as partial:
@@ -485,9 +489,9 @@ def request(client, model, batch, key, stop):
                 sys.exit(f"error: {client.base_url}: vectors of no length, or with numbers that are not finite")
             return vectors
         except openai.APIConnectionError as error:
-            reason, header = f"no answer ({without(key, error.__cause__ or error)})", None
+            reason, wait = f"no answer ({without(key, error.__cause__ or error)})", 0
         except openai.APIStatusError as error:
-            reason, header = f"status {error.status_code}: {without(key, error.message)}", error.response.headers.get("retry-after")
+            reason, wait = f"status {error.status_code}: {without(key, error.message)}", stage01.retry_after(error.response)
             if error.status_code in (401, 403):  # such answers quote parts of the key
                 sys.exit(f"error: {client.base_url} refuses the key ({error.status_code}); check OPENAI_API_KEY")
             if error.status_code == 404:
@@ -497,21 +501,12 @@ def request(client, model, batch, key, stop):
                 sys.exit(f"error: {client.base_url}: {reason}")
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
             sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({without(key, error)})")
-        seconds = seconds_to_wait(header, attempt)
         if stop.is_set() or attempt == N_ATTEMPTS - 1:
             break
-        print(f"{client.base_url}: {reason}; next try in {seconds:.0f} s", file=sys.stderr)
-        stop.wait(seconds)
+        wait = max(wait, 2 ** attempt / 2)
+        print(f"{client.base_url}: {reason}; next try in {wait:.0f} s", file=sys.stderr)
+        stop.wait(wait)
     sys.exit(f"error: {client.base_url}: {reason}; the same command goes on from what is already on disk")
-
-
-def seconds_to_wait(header, attempt):
-    """What a Retry-After header asks for (a number or a date; ten minutes at most), else 0.5, 1, 2, ... seconds."""
-    try:
-        seconds = float(header) if header[0].isdigit() else email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        return min(max(seconds, 0), 600)
-    except (TypeError, ValueError, IndexError):
-        return 2 ** attempt / 2
 
 
 def without(key, text):
@@ -530,7 +525,7 @@ def read_column(spec):
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t")
             if not {"gene", column} <= set(rows.fieldnames or ()):
-                sys.exit(f"error: --color {spec}: expected FILE.tsv:COLUMN, a tab-separated file with the columns gene and COLUMN")
+                sys.exit(f"error: --color {spec}: expected FILE.tsv:COLUMN, tab-separated, with columns gene and COLUMN")
             return column, {row["gene"]: row[column] or "" for row in rows}
     except (UnicodeDecodeError, csv.Error) as error:
         sys.exit(f"error: {path}: not a tab-separated file in UTF-8 ({error})")
@@ -560,12 +555,11 @@ def project(vectors):
 def draw(path, title, vectors, labels, legend):
     """Draw the projection of vectors (n, d), coloured by n labels: numbers on a scale, words as categories (the most
     frequent ones in colours, the others grey like points without a label)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     xy, axis_names = project(vectors)
-    figure, axes = plt.subplots(figsize=(7, 5.5), layout="constrained")
-    style = {"s": 8 if len(labels) > 1000 else 20, "linewidths": 0}
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    style = {"s": 8 if len(labels) > 1000 else 25, "linewidths": 0, "alpha": 0.6}
     try:
         numbers = np.array([float(label or "nan") for label in labels])
     except ValueError:
@@ -577,7 +571,7 @@ def draw(path, title, vectors, labels, legend):
     else:
         groups = dict(zip([label for label, _ in Counter(filter(None, labels)).most_common(len(COLORS))], COLORS))
         other = [i for i, label in enumerate(labels) if label not in groups]
-        axes.scatter(*xy[other].T, color="#BBBBBB" if groups else COLORS[0], label="other or unknown" if other else None, **style)
+        axes.scatter(*xy[other].T, color="#BBBBBB" if groups else COLORS[0], label="other" if other else None, **style)
         for group, color in groups.items():
             axes.scatter(*xy[[label == group for label in labels]].T, color=color, label=group, **style)
         if groups:
@@ -585,7 +579,6 @@ def draw(path, title, vectors, labels, legend):
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1], title=title)
     with stage01.replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
-    plt.close(figure)
     print(f"{path}: projection")
 
 
@@ -594,10 +587,11 @@ def draw(path, title, vectors, labels, legend):
 def options():
     parser = argparse.ArgumentParser(description=__doc__)
     stage01.common_options(parser)
-    parser.add_argument("--source", nargs="+", metavar="NAME", help=f"{', '.join(stage01.SOURCES)}, a name of your own, or with "
-                        "published genept, genept_protein (default: all there are on the demo, otherwise go_all, which stage 04 "
-                        "trains by default)")
-    parser.add_argument("--embedder", choices=("published", "openai", "lsa"), help="(default: lsa on the demo, otherwise published)")
+    parser.add_argument("--source", nargs="+", metavar="NAME", help=f"{', '.join(stage01.SOURCES)}, a name of your own, or "
+                        "with published genept, genept_protein (default: all there are on the demo, otherwise go_all, which "
+                        "stage 04 trains by default)")
+    parser.add_argument("--embedder", choices=("published", "openai", "lsa"),
+                        help="(default: lsa on the demo, otherwise published)")
     parser.add_argument("--mode", choices=("concat", "avg"), default="concat",
                         help="embed one text a gene, or each GO term and take the mean (default: concat)")
     parser.add_argument("--color", metavar="FILE.tsv:COLUMN", help="colour the figure's points by a column of a "
@@ -625,22 +619,22 @@ def embed_source(args, source, embedder, path):
     data = args.root / "data" / stage01.space_of(args.dataset)
     decides, origin = {"embedder": embedder, "mode": args.mode}, {}
     if args.embedder == "published":
-        released, url, read = published(source, args.mode, data / "downloads")
+        released, url, read = published(source, args.mode, data / "raw")
         made, origin = stage01.made_from(decides, [released]), {"url": url}
     else:
         made_by = ("01_fetch_annotations.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}")
                    + (f" --source {source}" if source in stage01.SOURCES else f" --tsv {source}=FILE"))
-        genes, texts, average = read_texts(data / "annotations.h5", source, args.mode, made_by)
+        genes, texts, average = read_texts(data / "annotations.h5", source, args.mode, made_by,
+                                           3 * MAX_TEXT_TOKENS if args.embedder == "openai" else None)
         decides |= {"dim": LSA_DIM} if args.embedder == "lsa" else {"model": args.model, "base_url": args.base_url}
         content = json.dumps([list(genes), list(texts), average.indices.tolist(), average.indptr.tolist()])
-        made = json.dumps({"options": decides, "inputs": {f"annotations.h5 {source}": hashlib.sha256(content.encode()).hexdigest()}},
-                          sort_keys=True)
+        inputs = {f"annotations.h5 {source}": hashlib.sha256(content.encode()).hexdigest()}  # other sources do not count
+        made = json.dumps({"options": decides, "inputs": inputs}, sort_keys=True)
     if stage01.is_current(path, made, args.force):
         return False
-    print(f"{source}: ", end="", flush=True)
     if args.embedder == "published":
         genes, vectors = read()
-        origin["sha256"] = sha256(released)
+        origin["sha256"] = stage01.checksum(released, "sha256")
     elif args.embedder == "lsa":
         vectors = average @ lsa(texts, np.bincount(average.indices))
     else:
@@ -653,7 +647,7 @@ def embed_source(args, source, embedder, path):
         stage01.write_strings(file, "genes", genes)
         file["vectors"] = vectors.astype(np.float32, copy=False)
         file.attrs.update(source=source, embedder=embedder, mode=args.mode, dim=vectors.shape[1], **origin)
-    print(f"{len(genes):,} vectors of {vectors.shape[1]:,} numbers in {path}")
+    print(f"{path}: {len(genes):,} vectors of {vectors.shape[1]:,} numbers")
     return True
 
 
@@ -663,6 +657,8 @@ def main():
     folder = args.root / "data" / space / "embeddings"
     column, label_of = read_column(args.color) if args.color else ("", {})
     note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
+    if args.embedder == "published" and space == "demo":
+        sys.exit("error: nobody has published vectors for the demo's invented genes; use --embedder lsa or openai")
     sources = args.source or ["go_all"]
     if space == "demo" and not args.source:
         with stage01.open_h5(folder.parent / "annotations.h5", "01_fetch_annotations.py") as file:
@@ -683,8 +679,9 @@ def main():
     if made_any and len(sources) > 1 and embedder != "lsa":  # lsa: another space for each source
         read = [some_vectors(path, MAX_POINTS // len(sources)) for path in paths]
         if len({vectors.shape[1] for _, vectors, _ in read}) == 1:
-            draw(folder / f"sources.{embedder}.{args.mode}.png", f"{note}{embedder}, {args.mode}", np.vstack([v for _, v, _ in read]),
-                 [source for source, (genes, _, _) in zip(sources, read) for _ in genes], "source")
+            labels = [source for source, (genes, _, _) in zip(sources, read) for _ in genes]
+            draw(folder / f"sources.{embedder}.{args.mode}.png", f"{note}{embedder}, {args.mode}",
+                 np.vstack([vectors for _, vectors, _ in read]), labels, "source")
     if not args.dry_run:
         print("next: python 03_prepare_data.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
 
