@@ -3,7 +3,7 @@
     python 02_embed.py                                              the demo: every source, offline (lsa)
     python 02_embed.py --dataset norman                             the released scGenePT vectors of go_all
     python 02_embed.py --dataset norman --source genept             GenePT's, from its own archive
-    python 02_embed.py --dataset norman --source ncbi --embedder lsa
+    python 02_embed.py --dataset norman --source ncbi --embedder lsa --color pathways.tsv:pathway
     python 02_embed.py --dataset norman --source go_c --mode avg --embedder openai --model text-embedding-3-large --dry-run
     python 02_embed.py --dataset norman --source names --embedder openai --model meta-llama/Llama-3.1-8B \\
                        --base-url http://localhost:8000/v1          vLLM, Ollama, llama.cpp, TEI, ...
@@ -28,6 +28,7 @@ import sys
 import threading
 import urllib.parse
 import zipfile
+import zlib
 from array import array
 from collections import Counter
 
@@ -180,7 +181,7 @@ def read_zip(path, name):
                 sys.exit(f"error: {path}: no {name} in it")
             with io.BufferedReader(archive.open(member), 2**16) as file:
                 return stack_vectors(path, read_vectors(f"{path}: {name}", file, member.file_size))
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         sys.exit(f"error: {path}: not a whole zip file ({error}); delete it and run again")
 
 
@@ -604,11 +605,14 @@ def options():
                        "some servers fewer (default: 512)")
     group.add_argument("--dry-run", action="store_true", help="print texts, tokens and cost (estimates); send nothing")
     args = parser.parse_args()
+    args.base_url = args.base_url.rstrip("/")
     args.embedder = args.embedder or ("lsa" if args.dataset == "demo" else "published")
     if not 1 <= args.batch_size <= MAX_INPUTS:
         sys.exit(f"error: --batch-size {args.batch_size}: from 1 to {MAX_INPUTS}")
     if urllib.parse.urlsplit(args.base_url).scheme not in ("http", "https") or "@" in args.base_url or "?" in args.base_url:
         sys.exit("error: --base-url: expected http://host/v1 or https://host/v1, with no password in it")
+    if args.embedder == "published" and args.dataset == "demo":
+        sys.exit("error: nobody has published vectors for the demo's invented genes; use --embedder lsa or openai")
     if args.dry_run and args.embedder != "openai":
         sys.exit(f"error: --dry-run: --embedder {args.embedder} sends nothing and costs nothing")
     return args
@@ -657,8 +661,6 @@ def main():
     folder = args.root / "data" / space / "embeddings"
     column, label_of = read_column(args.color) if args.color else ("", {})
     note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
-    if args.embedder == "published" and space == "demo":
-        sys.exit("error: nobody has published vectors for the demo's invented genes; use --embedder lsa or openai")
     sources = args.source or ["go_all"]
     if space == "demo" and not args.source:
         with stage01.open_h5(folder.parent / "annotations.h5", "01_fetch_annotations.py") as file:

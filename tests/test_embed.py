@@ -97,18 +97,13 @@ def test_the_demo_gets_vectors_and_figures_of_every_source_by_default(demo):
         assert (demo / f"data/demo/embeddings/{source}.lsa.concat.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lsa_gives_the_same_vectors_again(demo):
+def test_lsa_gives_the_same_vectors_again_and_only_when_forced(demo):
     embed("--source", "ncbi", root=demo)
-    first = read(demo, "ncbi.lsa.concat")[1]
-    embed("--source", "ncbi", "--force", root=demo)
-    assert first.tobytes() == read(demo, "ncbi.lsa.concat")[1].tobytes()
-
-
-def test_a_second_run_says_that_the_output_is_there(demo):
-    embed("--source", "ncbi", root=demo)
-    file = demo / "data/demo/embeddings/ncbi.lsa.concat.h5"
+    first, file = read(demo, "ncbi.lsa.concat")[1], demo / "data/demo/embeddings/ncbi.lsa.concat.h5"
     before = file.stat().st_mtime_ns
     assert "there already" in embed("--source", "ncbi", root=demo) and file.stat().st_mtime_ns == before
+    embed("--source", "ncbi", "--force", root=demo)
+    assert first.tobytes() == read(demo, "ncbi.lsa.concat")[1].tobytes() and file.stat().st_mtime_ns > before
 
 
 def test_changed_texts_make_the_vectors_stale(tmp_path):
@@ -163,10 +158,9 @@ def test_avg_with_lsa_is_the_mean_of_the_term_vectors(demo):
             assert np.allclose(vector, sum(of_term[name] for name in names) / len(names), atol=1e-6)
 
 
-def test_the_gene_symbol_prefix_does_not_count(tmp_path):
-    write_texts(tmp_path, {"A": "Gene Symbol A iron transport", "B": "Gene Symbol B iron transport", "C": "Gene Symbol C zinc transport"})
-    embed("--dataset", "mine", "--source", "own", "--embedder", "lsa", root=tmp_path)
-    near = cosine(read(tmp_path, "own.lsa.concat", "human")[1])
+def test_the_gene_symbol_prefix_does_not_count():
+    texts = [f"Gene Symbol {gene} {metal} transport" for gene, metal in zip("ABCD", ("iron", "iron", "zinc", "zinc"))]
+    near = cosine(stage02.lsa(texts, np.ones(4)))
     assert near[0, 1] == pytest.approx(1) and near[0, 2] < 0.99
 
 
@@ -193,7 +187,8 @@ def test_a_source_name_cannot_leave_the_folder(demo):
 def test_the_figure_is_coloured_by_a_column_of_the_user(demo):
     embed("--source", "go_p", root=demo)
     plain = (demo / "data/demo/embeddings/go_p.lsa.concat.png").read_bytes()
-    (demo / "my.tsv").write_text("gene\tpathway\tscore\n" + "".join(f"DEMO{i:03d}\tp{i % 3}\t{i / 7}\n" for i in range(1, 100)))
+    lines = [f"DEMO{i:03d}\tp{i % 3}\t{i / 7}\n" for i in range(1, 100)]
+    (demo / "my.tsv").write_text("gene\tpathway\tscore\n" + "".join(lines))
     for column in ("pathway", "score"):
         embed("--source", "go_p", "--color", f"{demo / 'my.tsv'}:{column}", root=demo)
         coloured = (demo / "data/demo/embeddings/go_p.lsa.concat.png").read_bytes()
@@ -245,11 +240,11 @@ def test_pickles_of_each_protocol_and_shape_are_read(tmp_path, shape, protocol):
     assert np.array_equal(vectors, np.float32([np.ravel(v) for v in table.values()]))
 
 
-def test_numpy_1_module_names_are_read(tmp_path):
+def test_module_names_of_numpy_1_and_2_are_read(tmp_path):
     data = pickle.dumps({"A": np.arange(4.0)}, 2)
-    assert b"numpy._core" in data or b"numpy.core" in data
-    other = data.replace(b"numpy._core.", b"numpy.core.") if b"numpy._core" in data else data.replace(b"numpy.core.", b"numpy._core.")
-    assert stage02.read_pickle(place(tmp_path, other))[1].tolist() == [[0, 1, 2, 3]]
+    for core in b"numpy.core.", b"numpy._core.":  # as numpy 1 and numpy 2 write it
+        other = data.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", core)
+        assert core in other and stage02.read_pickle(place(tmp_path, other))[1].tolist() == [[0, 1, 2, 3]]
 
 
 def test_published_vectors_become_an_embedding_file(tmp_path):
@@ -290,7 +285,7 @@ def test_genept_vectors_come_from_its_zip(tmp_path):
         archive.writestr("GenePT_emebdding_v2/GenePT_gene_embedding_ada_text.pickle", pickle.dumps(TABLE, 4))
     embed(*PUBLISHED, "--source", "genept", root=tmp_path)
     assert read(tmp_path, "genept.published.concat", "human")[1].shape == (7, 1536)
-    assert "no GenePT_gene_protein_embedding_model_3_text.pickle" in fails(*PUBLISHED, "--source", "genept_protein", root=tmp_path)
+    assert "no GenePT_gene_protein_" in fails(*PUBLISHED, "--source", "genept_protein", root=tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
     assert "not a whole zip" in fails(*PUBLISHED, "--source", "genept", "--force", root=tmp_path)
 
@@ -329,7 +324,8 @@ HOSTILE = {  # name: (pickle, what the one-line error says)
     "deep tuples": (b"\x80\x04)" + b"\x85" * 10**5 + b".", "no dict"),
     "a string of 8 exabytes": (counted(b"\x8d", b"\xff" * 7 + b"\x7f"), "ends in the middle"),
     "bytes of 4 gigabytes": (counted(b"B", b"\xff" * 4), "ends in the middle"),
-    "an absurd array shape": (pickle.dumps({"A": np.zeros(3)}, 4).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85"), "no vector"),
+    "an absurd array shape": (pickle.dumps({"A": np.zeros(3)}, 4).replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85"),
+                              "no vector"),
     "a NUL in a gene's name": (pickle.dumps({"A\0": [1.0]}, 4), "NUL"),
     "a key that is no string": (pickle.dumps({1: [1.0]}, 4), "no string but a int"),
     "a vector of words": (pickle.dumps({"FOS": ["a", "b"]}, 4), "'FOS'"),
@@ -373,8 +369,8 @@ FUZZED = [pickle.dumps({g: kind(v[:5]) for g, v in TABLE.items()}, protocol)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(strategies.sampled_from(FUZZED), strategies.lists(strategies.tuples(strategies.integers(0, 2000), strategies.binary(max_size=3)),
-                                                         min_size=1, max_size=4))
+@given(strategies.sampled_from(FUZZED),
+       strategies.lists(strategies.tuples(strategies.integers(0, 2000), strategies.binary(max_size=3)), min_size=1))
 def test_a_mutated_pickle_is_read_or_refused_in_one_line(tmp_path_factory, data, edits):
     for at, new in edits:
         at %= len(data)
@@ -396,8 +392,9 @@ def write_big_pickle(path, n_genes):
         for i in range(n_genes):
             row[:, 1:] = rng.standard_normal(1536).astype(">f8").view(np.uint8).reshape(1536, 8)
             name = f"GENE{i}".encode()
-            file.write((b"(" if i % 1000 == 0 else b"") + b"\x8c" + bytes([len(name)]) + name + b"\x94]\x94(" + row[:1000].tobytes()
-                       + b"e(" + row[1000:].tobytes() + b"e" + (b"u" if i % 1000 == 999 or i == n_genes - 1 else b""))
+            file.write((b"(" if i % 1000 == 0 else b"") + b"\x8c" + bytes([len(name)]) + name + b"\x94]\x94("
+                       + row[:1000].tobytes() + b"e(" + row[1000:].tobytes() + b"e"
+                       + (b"u" if i % 1000 == 999 or i == n_genes - 1 else b""))
         file.write(b".")
 
 
@@ -406,7 +403,7 @@ MEASURE = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]
 
 
 def peak_and_seconds(*args, root):
-    """Run stage 02; its peak memory in MB and its time in s. (A small process starts it: Linux counts the starter's size.)"""
+    """Run stage 02; its peak memory in MB and its time in s. A small process starts it, whose size counts, too."""
     command, env = script("02_embed.py", *args, root=root)
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], env=env, check=True, capture_output=True, text=True)
@@ -488,13 +485,16 @@ class Api:
                     vectors[0] = vectors[0] * np.nan
                 elif fault == "ragged":
                     vectors[0] = vectors[0][:3]
-                data = [{"object": "embedding", "index": i,
-                         "embedding": base64.b64encode(v.tobytes()).decode() if api.base64 and body.get("encoding_format") == "base64"
-                         else v.tolist()} for i, v in enumerate(vectors)][::-1]  # the order is not promised
-                reply = {"object": "list", "data": data, "model": body["model"], "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+                if api.base64 and body.get("encoding_format") == "base64":
+                    vectors = [base64.b64encode(v.tobytes()).decode() for v in vectors]
+                else:
+                    vectors = [v.tolist() for v in vectors]
+                data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)]
+                reply = {"object": "list", "model": body["model"], "data": data[::-1],  # the order is not promised
+                         "usage": {"prompt_tokens": 1, "total_tokens": 1}}
                 if status != 200:
-                    reply = {"error": {"message": f"Incorrect key {self.headers['Authorization'][7:]} or {KEY[:8]}***{KEY[-4:]}: no",
-                                       "code": None}}
+                    key = self.headers["Authorization"][7:]
+                    reply = {"error": {"message": f"Incorrect key {key} or {KEY[:8]}***{KEY[-4:]}: no", "code": None}}
                 out = b"<html>hello</html>" if fault == "html" else json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if fault == "html" else "application/json")
@@ -533,15 +533,11 @@ def texts_of(root, source):
 @pytest.mark.parametrize("encoding", ["base64", "floats"])
 def test_vectors_come_from_a_server_in_the_order_of_the_genes(demo, api, encoding):
     api.base64 = encoding == "base64"
-    embed(*openai(api), root=demo)
-    genes, vectors, attributes = read(demo, "ncbi.text-embedding-ada-002.concat")
-    assert genes[0] == "DEMO001" and attributes["model"] == "text-embedding-ada-002"
-    assert np.allclose(vectors, [true_vector(text) for text in texts_of(demo, "ncbi")])
-
-
-def test_the_models_name_becomes_part_of_the_file_name(demo, api):
     embed(*openai(api, "--model", "meta-llama/Llama-3.1-8B"), root=demo)
-    assert read(demo, "ncbi.meta-llama_Llama-3.1-8B.concat")[2]["embedder"] == "meta-llama_Llama-3.1-8B"
+    genes, vectors, attributes = read(demo, "ncbi.meta-llama_Llama-3.1-8B.concat")
+    assert genes[0] == "DEMO001" and attributes["model"] == "meta-llama/Llama-3.1-8B"
+    assert attributes["embedder"] == "meta-llama_Llama-3.1-8B"  # as in the file's name
+    assert np.allclose(vectors, [true_vector(text) for text in texts_of(demo, "ncbi")])
 
 
 def test_avg_embeds_each_term_once_and_takes_the_mean(demo, api):
@@ -602,7 +598,8 @@ def test_a_server_that_stumbles_is_asked_again(demo, api):
 
 
 REFUSALS = {"401": ((401, {}), "refuses the key (401)"), "404": ((404, {}), "knows no model 'text-embedding-ada-002' (404)"),
-            "400": ((400, {}), "status 400"), "too few vectors": ("too few", "vectors for"), "not finite": ("nan", "not finite"),
+            "400": ((400, {}), "status 400"), "too few vectors": ("too few", "vectors for"),
+            "not finite": ("nan", "not finite"),
             "ragged": ("ragged", "no answer of the embeddings API"), "html": ("html", "no answer of the embeddings API")}
 
 
@@ -665,8 +662,9 @@ def test_the_key_is_sent_and_stands_nowhere(demo, api):
 
 
 def test_without_a_key_openai_itself_is_not_asked(demo):
-    assert "OPENAI_API_KEY" in fails("--embedder", "openai", "--source", "ncbi", root=demo)
-    assert "letters that no key has" in fails("--embedder", "openai", "--source", "ncbi", root=demo, OPENAI_API_KEY="two words")
+    to_openai = "--embedder", "openai", "--source", "ncbi"
+    assert "OPENAI_API_KEY" in fails(*to_openai, root=demo)
+    assert "letters that no key has" in fails(*to_openai, root=demo, OPENAI_API_KEY="two words")
 
 
 def test_a_password_in_the_address_is_refused(demo):
