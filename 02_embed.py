@@ -209,9 +209,9 @@ def new_dtype(code, *_):
 
 def array_values(raw, dtype, shape):
     """The bytes of a numpy vector as array("f")."""
+    if not isinstance(dtype, list) or dtype[1] not in ("<", ">", "=", "|"):
+        raise ValueError("an array without a proper dtype is refused")
     code, order = dtype
-    if order not in ("<", ">", "=", "|"):
-        raise ValueError(f"an array of byte order {order!r} is refused")
     values = np.frombuffer(raw, np.dtype(order + code))
     if [n for n in shape if n != 1] != [n for n in values.shape if n != 1]:
         raise ValueError("an array that is no vector is refused")
@@ -347,8 +347,10 @@ def read_vectors(path, file, size):
                 if isinstance(stack[-1], array):
                     _, shape, dtype, _, raw = state
                     stack[-1].extend(counted(array_values(raw, dtype, shape)))
-                else:
+                elif isinstance(stack[-1], list):
                     stack[-1][1] = state[1]
+                else:
+                    raise ValueError(f"a state for a {type(stack[-1]).__name__} is refused")
             elif op == b"\x94":
                 remember(len(memo))
             elif op in b"qr":
