@@ -70,7 +70,7 @@ def run(main):
         sys.exit("interrupted; the same command goes on from what is already on disk")
 
 
-def common_options(parser, default_seed=None):
+def common_options(parser):
     """Add the options that every stage has in the same words."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--dataset", default="demo", help="demo, norman, adamson, dixit, replogle_k562_essential, "

@@ -302,7 +302,7 @@ def read_h5ad(path, args):
             ranked = file["uns/rank_genes_groups_cov_all"]
             names, codes = read_strings(obs, "condition_name", path)
             name_of = dict(zip(conditions[cell_condition], names[codes]))
-            if all(name_of.get(label) in ranked for label in conditions if label != args.control):
+            if all(name_of.get(label, "/") in ranked for label in conditions if label != args.control):
                 rankings = {label: ranked[name_of[label]].asstr()[:] for label in conditions if label != args.control}
     return X, genes, gene_ids, conditions, cell_condition, rankings
 

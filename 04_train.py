@@ -33,7 +33,7 @@ PRETRAINED_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained
 PRETRAINED_FILES = ("args.json", "vocab.json", "best_model.pt")
 VARIANTS = ["scgpt", "scgenept_go_all", "scgenept_go_all-shuffled"]
 DEFAULTS = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2}  # the paper's (Table 31)
-DEMO_DEFAULTS = DEFAULTS | {"epochs": 12, "lr": 1e-3}
+DEMO_DEFAULTS = DEFAULTS | {"epochs": 12, "lr": 1e-3, "batch_size": 32, "dropout": 0.0}  # small, from scratch
 SCRATCH_SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64}
 PATIENCE = 10  # epochs without a better validation error before a run stops
 LOG_COLUMNS = ("epoch", "train_mse", "val_mse", "lr", "seconds", "cells_per_second")
@@ -393,11 +393,11 @@ def options():
     add("--embedder", metavar="NAME", help="whose vectors, where a source has several (default: the only ones, else published)")
     add("--mode", choices=("concat", "avg"), help="which vectors, where a source has both (default: the only ones, else concat)")
     add("--epochs", type=int, metavar="N", help="at most; default: 20, the demo's: 12")
-    add("--batch-size", type=int, metavar="N", help="cells a batch; default: 64")
+    add("--batch-size", type=int, metavar="N", help="cells a batch; default: 64, the demo's: 32")
     add("--lr", type=float, metavar="X", help="learning rate of Adam, times 0.9 after each epoch; default: 1e-4, the demo's: 1e-3")
     add("--genes-per-batch", type=int, metavar="N", help="genes drawn for a batch; default: 1536")
     add("--targets-in-batch", action="store_true", help="the genes drawn for a batch contain its cells' targets (the paper's need not)")
-    add("--dropout", type=float, metavar="X", help="default: 0.2")
+    add("--dropout", type=float, metavar="X", help="default: 0.2, the demo's: 0")
     add("--attention-dropout", type=float, metavar="X", help="of attention probabilities; default: as --dropout, but 0 on a CPU, whose "
         "fast attention has none")
     add("--pretrained", type=Path, metavar="DIR", help="folder with scGPT's best_model.pt, args.json, vocab.json (default: "

@@ -199,7 +199,7 @@ def draw_bars(path, summary, models, subgroups, title):
         for i, model in enumerate(models):
             values = np.array([summary[model, group, metric][:2] for group in subgroups])
             x = np.arange(len(subgroups)) + (i - (len(models) - 1) / 2) * 0.85 / len(models)
-            axis.bar(x, values[:, 0], 0.8 / len(models), yerr=np.nan_to_num(values[:, 1]), capsize=2, label=model,
+            axis.bar(x, values[:, 0], 0.8 / len(models), yerr=None if np.isnan(values[:, 1]).all() else values[:, 1], capsize=2, label=model,
                      color=COLORS[i % len(COLORS)], hatch=("", "//", "..", "xx")[i // len(COLORS) % 4], edgecolor="white", error_kw={"lw": 1})
         axis.axhline(0, color="black", lw=0.8)
         axis.set_xticks(range(len(subgroups)), [group.replace("_", " ") for group in subgroups])

@@ -1,9 +1,13 @@
-"""Helpers of the tests: the scripts as modules, and the scripts as processes."""
+"""Helpers of the tests: the scripts as modules, as commands within the test's own process, and as processes of their own."""
+import contextlib
 import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -12,24 +16,56 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(KIT))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: takes minutes; left out unless asked for with -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if "soak" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m soak"))
+
+
 @pytest.fixture(scope="session")
 def stage():
     """Import a script as a module: stage("03_prepare_data")."""
     return importlib.import_module
 
 
-def run_script(script, *args, root=None, env=None, check=True, cwd=None):
-    """Run a script of the kit as a user does; returns the finished process with its output as text."""
-    command = [sys.executable, str(KIT / script), *map(str, args)] + (["--root", str(root)] if root else [])
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=300)
-    if check:
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+def command_of(script, args, root):
+    return [str(KIT / script), *map(str, args)] + (["--root", str(root)] if root else [])
+
+
+def run_process(script, *args, root=None, env=None, cwd=None, check=True):
+    """Run a script as a user does, in a process of its own; returns the finished process with its output as text."""
+    done = subprocess.run([sys.executable, *command_of(script, args, root)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, **(env or {})}, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def error_of(script, *args, **options):
+def run_script(script, *args, root=None, check=True):
+    """The same within this process, which saves the seconds that imports take: returncode, stdout, stderr. An exception
+    other than SystemExit (a user would see a traceback) is raised here."""
+    main, run = importlib.import_module(Path(script).stem).main, importlib.import_module("01_fetch_annotations").run
+    done = SimpleNamespace(returncode=0, stdout=io.StringIO(), stderr=io.StringIO())
+    with mock.patch.object(sys, "argv", command_of(script, args, root)), contextlib.redirect_stdout(done.stdout), \
+            contextlib.redirect_stderr(done.stderr):
+        try:
+            run(main)
+        except SystemExit as error:
+            done.returncode = error.code if isinstance(error.code, int) else 1
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+    done.stdout, done.stderr = done.stdout.getvalue(), done.stderr.getvalue()
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def error_of(script, *args, run=run_script, **options):
     """The one-line error that a script ends with; fails the test if it does not end with exactly that and exit code 1."""
-    done = run_script(script, *args, check=False, **options)
+    done = run(script, *args, check=False, **options)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -42,5 +78,6 @@ def demo(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     for script in ("01_fetch_annotations.py", "02_embed.py", "03_prepare_data.py"):
         run_script(script, root=root)
-    run_script("04_train.py", "--variant", "scgpt", "scgenept_go_c", "--seed", 42, 23, "--epochs", 2, root=root)
+    run_script("04_train.py", "--variant", "scgpt", "scgenept_go_c", "--seed", 42, 23, "--epochs", 2,
+               "--d-model", 32, "--n-layers", 1, root=root)
     return root
