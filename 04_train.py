@@ -123,7 +123,7 @@ def parse_variant(name, known_sources):
         variant.has_tokens = variant.has_counts = False
         variant.pretrained = not rest.endswith("-scratch")
         rest = rest.removesuffix("-scratch")
-    elif base != "scgpt" and not (family == "scgenept" and rest):
+    elif base != "scgpt" and not (family == "scgenept" and rest) or rest.endswith("+"):
         sys.exit(f"error: unknown variant {name!r}: one of scgpt, scgpt-counts, scgpt-tokens, scgenept_<source>[+<source>], "
                  "genept_<source>, genept_<source>-scratch; each with -shuffled at the end")
     while rest:
