@@ -10,6 +10,12 @@ Variants: scgpt; scgenept_<source>, with several sources scgenept_<source>+<sour
 attention), genept_<source>-scratch; scgpt-counts, scgpt-tokens (scGPT without that part). `-shuffled` at the end of a name
 gives every gene another gene's text: what such a control reaches does not come from what the texts say.
 
+--align takes one of the ways in which the paper joins language with scGPT (appendix A.2), for the variants with language:
+layernorm (the default, which the paper kept), linear (no norm before the encoder), normalized (linear, language vectors scaled
+to length 1), batchnorm (in place of the layer norm), dropout0 (layernorm without any dropout), projection (starts from the
+least-squares projection of language vectors to pretrained token vectors), weights (a learned factor for each part),
+two-encoders (language goes through a transformer of its own).
+
 A run's folder holds model.pt (the epoch with the lowest validation error), state.pt (the last epoch, from which the same
 command goes on after an interruption), log.csv and config.json. Finished runs are left as they are.
 """
@@ -35,6 +41,9 @@ VARIANTS = ["scgpt", "scgenept_go_all", "scgenept_go_all-shuffled"]
 DEFAULTS = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2}  # the paper's (Table 31)
 DEMO_DEFAULTS = DEFAULTS | {"epochs": 12, "lr": 1e-3, "batch_size": 32, "dropout": 0.0}  # small, from scratch
 SCRATCH_SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64}
+ALIGN = {"layernorm": {}, "linear": {"layer_norm": False}, "normalized": {"layer_norm": False, "normalize_language": True},
+         "batchnorm": {"layer_norm": False, "batch_norm": True}, "dropout0": {}, "projection": {},
+         "weights": {"modality_weights": True}, "two-encoders": {"two_encoders": True}}
 PATIENCE = 10  # epochs without a better validation error before a run stops
 LOG_COLUMNS = ("epoch", "train_mse", "val_mse", "lr", "seconds", "cells_per_second")
 
@@ -241,6 +250,19 @@ def process_group(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+def fit_projection(net, token_ids, tables):
+    """Start each language source's projection at the least-squares solution from the genes' language vectors to their
+    token vectors (`projection` of the paper's appendix A.2)."""
+    import torch
+    with torch.no_grad():
+        goal = net.encoder(torch.from_numpy(token_ids))  # (R, d)
+        for source, table in tables.items():
+            with_one = torch.cat([torch.from_numpy(table), torch.ones(len(table), 1)], dim=1)
+            solution = torch.linalg.lstsq(with_one, goal, driver="gelsd").solution  # (width + 1, d)
+            net.language_encoders[source].proj.weight.copy_(solution[:-1].T)
+            net.language_encoders[source].proj.bias.copy_(solution[-1])
+
+
 def build_model(variant, sizes, options, data, files, seed, pretrained):
     """The network of a variant with its starting weights; `pretrained` is scGPT's best_model.pt or None."""
     import torch
@@ -250,7 +272,7 @@ def build_model(variant, sizes, options, data, files, seed, pretrained):
     config = model.Config(n_tokens=int(data.n_tokens), pad_id=int(data.pad_id), **sizes, dropout=options["dropout"],
                           attention_dropout=options["attention_dropout"], has_tokens=variant.has_tokens, has_counts=variant.has_counts,
                           languages={source: table.shape[1] for source, table in tables.items()},
-                          n_language_rows=0 if token_ids is None else len(token_ids))
+                          n_language_rows=0 if token_ids is None else len(token_ids), **ALIGN[options["align"]])
     try:
         net = model.ScGenePT(config)
         if tables:
@@ -260,6 +282,8 @@ def build_model(variant, sizes, options, data, files, seed, pretrained):
             parts = sorted({key.split(".")[0] for key in taken})
             print(f"  pretrained: {len(taken)} tensors of {', '.join(parts)} from {pretrained}; not used: "
                   + (", ".join(sorted({key.split(".")[0] for key in left})) or "nothing"))
+            if options["align"] == "projection":
+                fit_projection(net, token_ids, tables)
     except ValueError as error:
         sys.exit(f"error: {error}")
     return net
@@ -397,6 +421,7 @@ def options():
     add("--lr", type=float, metavar="X", help="learning rate of Adam, times 0.9 after each epoch; default: 1e-4, the demo's: 1e-3")
     add("--genes-per-batch", type=int, metavar="N", help="genes drawn for a batch; default: 1536")
     add("--targets-in-batch", action="store_true", help="the genes drawn for a batch contain its cells' targets (the paper's need not)")
+    add("--align", choices=ALIGN, default="layernorm", metavar="WAY", help=f"{', '.join(ALIGN)} (default: layernorm)")
     add("--dropout", type=float, metavar="X", help="default: 0.2, the demo's: 0")
     add("--attention-dropout", type=float, metavar="X", help="of attention probabilities; default: as --dropout, but 0 on a CPU, whose "
         "fast attention has none")
@@ -473,20 +498,25 @@ def main():
         print("targets in batch: the drawn genes contain the targets of the batch's cells (unlike the paper's runs)")
 
     for variant, (vectors, suffix) in zip(variants, files):
-        suffix = suffix + ["targets-in-batch"] * settings["targets_in_batch"]
+        of_variant = settings | {"align": args.align if variant.sources else "layernorm"}
+        if of_variant["align"] == "dropout0":
+            of_variant |= {"dropout": 0.0, "attention_dropout": 0.0}
+        if of_variant["align"] == "projection" and not (pretrained and variant.pretrained and variant.has_tokens):
+            sys.exit(f"error: {variant.name}: --align projection needs pretrained token vectors")
+        suffix = suffix + [f"align={args.align}"] * (of_variant["align"] != "layernorm") + ["targets-in-batch"] * args.targets_in_batch
         for seed in args.seed:
             run = args.root / "runs" / args.dataset / ",".join([variant.name, *suffix]) / f"seed{seed}"
-            made = shared.made_from({**settings, **sizes, "pretrained": bool(pretrained)}, [*inputs, *vectors.values()])
+            made = shared.made_from({**of_variant, **sizes, "pretrained": bool(pretrained)}, [*inputs, *vectors.values()])
             config = {"variant": ",".join([variant.name, *suffix]), "seed": seed, "sources": variant.sources,
                       "embeddings": {source: path.name for source, path in vectors.items()}, **shared.provenance(made)}
             print(f"{config['variant']}, seed {seed} -> {run}")
             if not is_to_be_trained(run, config, args.force, rank, n_processes):
                 continue
-            net = build_model(variant, sizes, settings, data, vectors, seed, pretrained)
+            net = build_model(variant, sizes, of_variant, data, vectors, seed, pretrained)
             n_parameters = sum(p.numel() for p in net.parameters())
             print(f"  {n_parameters:,} parameters; {(np.isin(data.split[data.cell_condition], ['train', 'ctrl'])).sum():,} training cells, "
                   f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
-            best_epoch, best_val = train(run, net, data, settings, seed, device, rank, n_processes)
+            best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
             print(f"  best epoch {best_epoch}, validation MSE {best_val:.5f}")
             if rank == 0:
                 shared.write_text(run / "config.json", json.dumps(config | {"n_parameters": n_parameters, "best_epoch": best_epoch,

@@ -1,10 +1,12 @@
 """Metrics of perturbation prediction on mean expression profiles. This file stands alone: it imports numpy only.
 
-    scores = evaluate(pred, true, ctrl, de_idx)      # {name: one value a condition}
+    scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value a condition}
+    scores |= evaluate_specific(pred, true, perturbed_mean)      # do predictions tell perturbations apart?
     mean, half_width = interval95(values_of_seeds)
 
 Sources: MSE, Pearson and Pearson delta on all and on the top 20 differentially expressed genes are those of GEARS
-(Roohani et al., Nature Biotechnology 2024) and scGenePT (Istrate et al. 2024).
+(Roohani et al., Nature Biotechnology 2024) and scGenePT (Istrate et al. 2024); the specific ones those of Systema (Nature
+Biotechnology 2025).
 """
 import numpy as np
 
@@ -38,6 +40,23 @@ def evaluate(pred, true, ctrl, de_idx):
             "pearson_top20": pearson(pred20, true20, top),
             "pearson_delta_all": pearson(pred - ctrl, true - ctrl, every),
             "pearson_delta_top20": pearson(pred20 - ctrl20, true20 - ctrl20, top)}
+
+
+def evaluate_specific(pred, true, perturbed_mean):
+    """Whether predictions say more than what all perturbations have in common.
+
+    pred, true (P, G): mean expression of each condition; perturbed_mean (G,): mean profile of the training perturbations.
+    Returns arrays of (P,): pearson_systema, the correlation of the differences to that mean over all genes (0 where
+    undefined), and centroid_accuracy, the share of the other conditions whose true profile lies farther (Euclidean) from
+    the prediction than the condition's own does: on average a half for predictions that tell nothing apart.
+    """
+    pred, true = np.asarray(pred, dtype=np.float64), np.asarray(true, dtype=np.float64)
+    # |p - t|^2 less |p|^2, which is the same for all t: (P, P), row: prediction, column: true profile
+    distance = (true ** 2).sum(1) - 2 * pred @ true.T
+    own = np.diag(distance)[:, None]
+    farther = (distance > own).sum(1) / max(len(pred) - 1, 1)
+    return {"pearson_systema": pearson(pred - perturbed_mean, true - perturbed_mean, np.ones(pred.shape, dtype=bool)),
+            "centroid_accuracy": farther if len(pred) > 1 else np.ones(len(pred))}
 
 
 def pearson(a, b, is_used):

@@ -44,6 +44,12 @@ class Config:
     has_counts: bool = True        # V; off in genePT and scGPT (-counts)
     languages: dict = field(default_factory=dict)  # language source -> width of its vectors
     n_language_rows: int = 0       # genes that have a row in the language tables
+    # Ways of aligning language with the rest (paper, appendix A.2); the released models have the layer norm alone
+    layer_norm: bool = True          # of the sum, before the encoder
+    batch_norm: bool = False         # of the sum, before the encoder
+    normalize_language: bool = False # language vectors scaled to length 1 before their projection
+    modality_weights: bool = False   # a learned factor for each term of the sum
+    two_encoders: bool = False       # language goes through a transformer of its own
 
 
 class GeneEncoder(nn.Module):
@@ -74,16 +80,17 @@ class ValueEncoder(nn.Module):
 
 class LanguageEncoder(nn.Module):
     """Trainable language-model vectors of the genes' texts, projected to the width of the network: E_s, W_s, b_s."""
-    def __init__(self, n_rows, d_language, d_model):
+    def __init__(self, config, d_language):
         super().__init__()
-        self.embedding = nn.Embedding(n_rows, d_language)
-        self.proj = nn.Linear(d_language, d_model)
-        self.enc_norm = nn.LayerNorm(d_model)
+        self.normalize = config.normalize_language
+        self.embedding = nn.Embedding(config.n_language_rows, d_language)
+        self.proj = nn.Linear(d_language, config.d_model)
+        self.enc_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, rows, is_pad):  # (L,), (L,) -> (L, d)
         vectors = self.embedding(rows)
         vectors = torch.where(is_pad.unsqueeze(-1), vectors.detach(), vectors)  # the vector of <pad> is not trained
-        return self.enc_norm(self.proj(vectors))
+        return self.enc_norm(self.proj(F.normalize(vectors, dim=-1) if self.normalize else vectors))
 
 
 class SelfAttention(nn.Module):
@@ -155,12 +162,14 @@ class ScGenePT(nn.Module):
         self.encoder = GeneEncoder(config) if config.has_tokens else None
         self.value_encoder = ValueEncoder(config) if config.has_counts else None
         self.pert_encoder = nn.Embedding(3, config.d_model, padding_idx=2)  # not perturbed, perturbed, padding (unused)
-        self.language_encoders = nn.ModuleDict({source: LanguageEncoder(config.n_language_rows, width, config.d_model)
-                                                for source, width in config.languages.items()})
+        self.language_encoders = nn.ModuleDict({source: LanguageEncoder(config, width) for source, width in config.languages.items()})
         if config.languages:  # vocabulary row -> row of the language tables, -1 = none
             self.register_buffer("language_rows", torch.full((config.n_tokens,), -1))
-        self.ln = nn.LayerNorm(config.d_model)
+        self.ln = nn.LayerNorm(config.d_model) if config.layer_norm else nn.Identity()
+        self.bn = nn.BatchNorm1d(config.d_model) if config.batch_norm else None
+        self.modality_weights = nn.Parameter(torch.ones(3 + len(config.languages))) if config.modality_weights else None
         self.transformer_encoder = Encoder(config)
+        self.language_transformer = Encoder(config) if config.two_encoders else None
         self.decoder = Decoder(config)
 
     def set_language(self, token_ids, vectors):
@@ -178,16 +187,27 @@ class ScGenePT(nn.Module):
         expression (B, L): log-normalized expression before; perturbed (B, L): 1 or True where the gene is perturbed
         returns (B, L), in the units of `expression`
         """
+        is_pad = gene_ids == self.config.pad_id
         not_perturbed_vector, perturbed_vector = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
-        x = torch.where(perturbed.bool().unsqueeze(-1), perturbed_vector, not_perturbed_vector)  # (B, L, d)
-        if self.value_encoder is not None:
-            x = x + self.value_encoder(expression)
-        # What depends on the gene alone is computed once a batch, not once a cell: (L, d)
-        if self.encoder is not None:
-            x = x + self.encoder(gene_ids)
-        for language_encoder in self.language_encoders.values():
-            x = x + language_encoder(self.language_rows[gene_ids], gene_ids == self.config.pad_id)
-        return self.decoder(self.transformer_encoder(self.ln(x)))
+        # What depends on the gene alone is computed once a batch, not once a cell: (L, d). Absent parts are 0.
+        perturbation = torch.where(perturbed.bool().unsqueeze(-1), perturbed_vector, not_perturbed_vector)  # (B, L, d)
+        counts = self.value_encoder(expression) if self.value_encoder is not None else 0  # (B, L, d)
+        tokens = self.encoder(gene_ids) if self.encoder is not None else 0  # (L, d)
+        language = [encoder(self.language_rows[gene_ids], is_pad) for encoder in self.language_encoders.values()]  # each (L, d)
+        if self.modality_weights is not None:
+            perturbation, counts, tokens, *language = (
+                weight * vectors for weight, vectors in zip(self.modality_weights, (perturbation, counts, tokens, *language)))
+        if self.language_transformer is None:
+            h = self.transformer_encoder(self.normalized(perturbation + counts + tokens + sum(language)))
+        else:
+            h = self.transformer_encoder(self.normalized(perturbation + counts + tokens)) \
+                + self.language_transformer(self.normalized(perturbation + sum(language)))
+        return self.decoder(h)
+
+    def normalized(self, x):  # (B, L, d) -> (B, L, d)
+        if self.bn is not None:
+            x = self.bn(x.transpose(1, 2)).transpose(1, 2)
+        return self.ln(x)
 
 
 @torch.inference_mode()

@@ -37,10 +37,10 @@ def command_of(script, args, root):
     return [str(KIT / script), *map(str, args)] + (["--root", str(root)] if root else [])
 
 
-def run_process(script, *args, root=None, env=None, cwd=None, check=True):
+def run_process(script, *args, root=None, env=None, cwd=None, check=True, timeout=300):
     """Run a script as a user does, in a process of its own; returns the finished process with its output as text."""
     done = subprocess.run([sys.executable, *command_of(script, args, root)], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, **(env or {})}, timeout=300)
+                          env={**os.environ, **(env or {})}, timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -132,8 +132,10 @@ def test_unmeasured_genes_never_count(results, tmp_path):
     shutil.copytree(results.root / "runs", tmp_path / "runs")
     with h5py.File(tmp_path / "data/demo/dataset.h5", "a") as file:
         unmeasured = sorted(set(range(128)) - set(file["de_idx"][:].ravel()) - set(file["targets"][:].ravel()))[:3]
-        file["measured"][unmeasured] = False
-        file["mean"][:, unmeasured] = 1e6
+        for name, wrong in (("measured", False), ("mean", 1e6)):
+            values = file[name][:]
+            values[..., unmeasured] = wrong
+            file[name][:] = values
     for path in (tmp_path / "runs").glob("demo/*/*/config.json"):  # as if they had been trained on this file
         config = json.loads(path.read_text())
         made = json.loads(config["made_from"])

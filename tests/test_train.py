@@ -176,7 +176,7 @@ def test_training_is_a_plain_loop_of_adam_on_the_mean_squared_error_of_measured_
     batch than there are."""
     data = training.load_dataset(root / "data/demo/dataset.h5", "")
     data.measured[[3, 50, 99]] = False
-    options = {"epochs": 2, "batch_size": 100, "lr": 2e-3, "genes_per_batch": 40, "dropout": 0.0, "attention_dropout": 0.0, "targets_in_batch": False}
+    options = {"epochs": 2, "batch_size": 100, "lr": 2e-3, "genes_per_batch": 40, "dropout": 0.0, "attention_dropout": 0.0, "targets_in_batch": False, "align": "layernorm"}
     sizes = {"d_model": 16, "n_heads": 2, "d_hid": 16, "n_layers": 1}
     variant = training.parse_variant("scgpt", [])
 
@@ -293,6 +293,28 @@ def test_every_family_of_variants_trains(root):
     assert set(model.load(root / "runs/demo/scgenept_ncbi+uniprot+go_f/seed42/model.pt").config.languages) == {"ncbi+uniprot", "go_f"}
 
 
+@pytest.mark.parametrize("way", ["linear", "normalized", "batchnorm", "dropout0", "weights", "two-encoders"])
+def test_every_way_of_aligning_language_trains_and_names_its_run(root, way):
+    train(root, "--variant", "scgpt", "scgenept_go_c", "--align", way, "--epochs", 1, "--batch-size", 512, "--dropout", 0.1)
+    assert {path.name for path in (root / "runs/demo").iterdir()} == {"scgpt", f"scgenept_go_c,align={way}"}
+    net = model.load(root / f"runs/demo/scgenept_go_c,align={way}/seed42/model.pt")
+    keys = {key.split(".")[0] for key in net.state_dict()}
+    assert ("ln" in keys) == (way not in ("linear", "normalized", "batchnorm")) and ("bn" in keys) == (way == "batchnorm")
+    assert ("modality_weights" in keys) == (way == "weights") and ("language_transformer" in keys) == (way == "two-encoders")
+    assert net.config.normalize_language == (way == "normalized") and (net.config.dropout == 0) == (way == "dropout0")
+
+
+def test_the_projection_starts_at_the_least_squares_solution(training):
+    rng = np.random.default_rng(0)
+    net = model.ScGenePT(model.Config(n_tokens=50, pad_id=49, d_model=8, n_heads=2, d_hid=8, n_layers=1, languages={"s": 5}, n_language_rows=40))
+    token_ids, table = np.arange(40), rng.normal(size=(40, 5)).astype(np.float32)
+    training.fit_projection(net, token_ids, {"s": table})
+    goal = net.encoder(torch.arange(40)).detach().numpy()
+    expected = np.linalg.lstsq(np.column_stack([table, np.ones(40)]), goal, rcond=None)[0]
+    np.testing.assert_allclose(net.language_encoders["s"].proj.weight.detach().numpy(), expected[:-1].T, atol=1e-5)
+    np.testing.assert_allclose(net.language_encoders["s"].proj.bias.detach().numpy(), expected[-1], atol=1e-5)
+
+
 # --- pretrained weights
 
 @pytest.fixture
@@ -331,6 +353,17 @@ def test_fine_tuning_starts_from_the_pretrained_parts_and_says_so(pretrained, tm
     for key, value in model.load(tmp_path / "runs/mine/scgpt/seed42/model.pt").state_dict().items():
         if key.startswith(("encoder.", "value_encoder.", "transformer_encoder.")):
             torch.testing.assert_close(value, state[key.replace("in_proj_", "Wqkv.")], atol=1e-6, rtol=0)
+
+
+def test_the_projection_needs_pretrained_tokens_and_takes_them(pretrained, tmp_path):
+    (tmp_path / "notes.tsv").write_text("gene\ttext\n" + "".join(f"DEMO{i + 1:03d}\tword{i % 5} word{i % 7}\n" for i in range(128)))
+    of_data = ("--dataset", "mine")
+    run_script("01_fetch_annotations.py", *of_data, "--tsv", f"notes={tmp_path / 'notes.tsv'}", root=tmp_path)
+    run_script("02_embed.py", *of_data, "--source", "notes", "--embedder", "lsa", root=tmp_path)
+    options = (*of_data, "--variant", "scgenept_notes", "--align", "projection", "--epochs", 1, "--batch-size", 512)
+    run_script("04_train.py", *options, "--pretrained", pretrained, root=tmp_path)
+    assert (tmp_path / "runs/mine/scgenept_notes,align=projection/seed42/model.pt").exists()
+    assert "needs pretrained token vectors" in error_of("04_train.py", *options, "--no-pretrained", root=tmp_path)
 
 
 @pytest.mark.parametrize("spoil, message", [

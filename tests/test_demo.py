@@ -1,0 +1,49 @@
+"""The five scripts in order, as processes, on the demo: what a stranger runs first."""
+import csv
+
+import pytest
+
+from conftest import run_process
+
+STAGES = ["01_fetch_annotations.py", "02_embed.py", "03_prepare_data.py", "04_train.py", "05_eval.py"]
+
+
+def pearson_delta(root, model, seed):
+    """Mean Pearson delta on the top 20 genes of the unseen single targets."""
+    with open(root / "results/demo/metrics.csv", newline="") as file:
+        values = [float(row["value"]) for row in csv.DictReader(file) if (row["model"], row["seed"], row["subgroup"], row["metric"]) ==
+                  (model, seed, "unseen_single", "pearson_delta_top20")]
+    return sum(values) / len(values)
+
+
+def test_the_five_scripts_run_in_order_from_any_folder_and_language_beats_the_mean(tmp_path):
+    for stage in STAGES:
+        options = ["--variant", "scgenept_go_all", "--epochs", 7] if stage == "04_train.py" else []
+        done = run_process(stage, *options, cwd=tmp_path)
+        assert stage == "05_eval.py" or f"next: python {STAGES[STAGES.index(stage) + 1]}" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "runs", "results"}
+    assert pearson_delta(tmp_path, "scgenept_go_all", "42") > pearson_delta(tmp_path, "non-ctrl-mean", "") + 0.3
+
+
+@pytest.mark.parametrize("stage, message", [("02_embed.py", "01_fetch_annotations.py"), ("04_train.py", "02_embed.py"), ("05_eval.py", "03_prepare_data.py")])
+def test_a_stage_run_before_its_predecessor_names_it(tmp_path, stage, message):
+    done = run_process(stage, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and f"run first: python {message}" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_examples_first_and_defaults(tmp_path, stage):
+    shown = run_process(stage, "--help", cwd=tmp_path).stdout
+    assert f"python {stage}" in shown.split("options:")[0] and "--dataset" in shown and "default: demo" in shown
+
+
+@pytest.mark.soak
+def test_over_three_seeds_what_the_texts_say_decides(tmp_path):
+    for stage in STAGES:
+        run_process(stage, *(["--seed", 42, 23, 89] if stage == "04_train.py" else []), cwd=tmp_path, timeout=1800)
+    def mean(model, seeds=("42", "23", "89")):
+        return sum(pearson_delta(tmp_path, model, seed) for seed in seeds) / len(seeds)
+    language = mean("scgenept_go_all")
+    assert language > mean("scgpt") + 0.15 and language > mean("scgenept_go_all-shuffled") + 0.15
+    assert language > mean("non-ctrl-mean", [""]) + 0.3
+
