@@ -60,7 +60,7 @@ MAX_INPUTS, MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 2048, 300_000, 8_191  # the AP
 BYTES_PER_TOKEN = 4  # of English, for estimates; the limits are kept with 3, which leaves a margin
 N_IN_FLIGHT, N_ATTEMPTS = 4, 8
 DOLLARS_PER_MILLION_TOKENS = {"text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
-PRICES_NOTED = "January 2025"
+PRICES_NOTED = "May 2026"
 
 LSA_DIM = 256  # most dimensions of an lsa vector
 MAX_POINTS = 20_000  # of a figure

@@ -1,5 +1,6 @@
 """05_eval.py: predictions, baselines, tables, figures and files, against plain loops and other readers."""
 import csv
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+from scipy import sparse
 
 import model
 from conftest import error_of, run_script
@@ -76,6 +79,184 @@ def test_the_random_baseline_is_the_profile_of_one_training_perturbation_drawn_f
     assert {row["seed"] for row in results.metrics if row["model"] == "no-change"} == {""}
 
 
+def small_screen(seed=0):
+    """Means of control, A, B (as A+ctrl and ctrl+A), C, A+B, A+D, D over 15 genes; D, A+B and A+D are tested."""
+    rng = np.random.default_rng(seed)
+    conditions = np.array(["ctrl", "A+ctrl", "ctrl+A", "B+ctrl", "C+ctrl", "A+B", "A+D", "D+ctrl", "E+ctrl"], dtype=object)
+    targets = np.array([[-1, -1], [0, -1], [0, -1], [1, -1], [2, -1], [0, 1], [0, 3], [3, -1], [4, -1]])
+    split = np.array(["ctrl", "train", "train", "train", "train", "test", "test", "test", "val"], dtype=object)
+    cell_condition = np.repeat(np.arange(9), [9, 2, 6, 4, 4, 3, 3, 1, 3])
+    X = rng.random((len(cell_condition), 15))
+    mean = np.stack([X[cell_condition == c].mean(0) for c in range(9)])
+    return SimpleNamespace(conditions=conditions, targets=targets, split=split, cell_condition=cell_condition, mean=mean,
+                           genes=np.array(list("ABCDEFGHIJKLMNO"), dtype=object), X=sparse.csr_matrix(X))
+
+
+def test_matching_mean_and_additive_take_the_parts_trained_profiles(evaluation):
+    data = small_screen()
+    means = evaluation.baseline_means(data, [5, 6, 7], seed=1)
+    ctrl, A, B = data.mean[0], (2 * data.mean[1] + 6 * data.mean[2]) / 8, data.mean[3]  # A's two labels by their cells
+    non_ctrl = data.mean[1:5].mean(0)
+    np.testing.assert_allclose(means["matching-mean"], [(A + B) / 2, (A + non_ctrl) / 2, non_ctrl])
+    np.testing.assert_allclose(means["additive"], [A + B - ctrl, A, ctrl])
+
+
+@pytest.mark.parametrize("width", [2, 40])
+def test_the_ridge_baseline_is_the_closed_form_with_the_penalty_that_validation_chooses(evaluation, tmp_path, width):
+    data = small_screen()
+    rng = np.random.default_rng(1)
+    vectors = {gene: rng.normal(size=width) for gene in "ABCDE"}
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file.create_dataset("genes", data=list(vectors), dtype=h5py.string_dtype())
+        file["vectors"] = np.stack(list(vectors.values()))
+    x = np.stack([sum((vectors["ABCDE"[t]] for t in targets if t >= 0), np.zeros(width)) for targets in data.targets])
+    train, val, test = [1, 2, 3, 4], [8], [5, 6, 7]
+    design = np.column_stack([x, np.ones(len(x))])
+    best = None
+    centred = x[train] - x[train].mean(0)
+    for penalty in evaluation.RIDGE_PENALTIES * np.trace(centred @ centred.T) / len(train):
+        P = penalty * np.eye(width + 1)
+        P[-1, -1] = 0  # the intercept is not penalized
+        weights = np.linalg.solve(design[train].T @ design[train] + P, design[train].T @ data.mean[train])
+        error = ((design[val] @ weights - data.mean[val]) ** 2).mean()
+        if best is None or error < best[0]:
+            best = error, design[test] @ weights
+    np.testing.assert_allclose(evaluation.ridge_means(data, test, tmp_path / "s.h5"), best[1], rtol=1e-6, atol=1e-8)
+
+
+def test_the_ceiling_of_noiseless_cells_is_one_and_a_single_cell_has_none(evaluation):
+    data = small_screen()
+    data.X = sparse.csr_matrix(data.mean[data.cell_condition])
+    one, other = evaluation.halves(data, [5, 6, 7], seed=1)
+    np.testing.assert_allclose(one[:2], other[:2])
+    np.testing.assert_allclose(one[:2], data.mean[[5, 6]])
+    assert np.isnan(one[2]).all()
+
+
+def test_the_halves_of_the_ceiling_are_all_cells_of_a_condition_once(evaluation):
+    data = small_screen()
+    one, other = evaluation.halves(data, [5, 1], seed=3)  # 3 and 2 cells
+    np.testing.assert_allclose((2 * one[0] + other[0]) / 3, data.mean[5])
+    np.testing.assert_allclose((one[1] + other[1]) / 2, data.mean[1])
+
+
+def test_the_verdict_says_in_words_what_the_numbers_say(evaluation):
+    def summary(**values):
+        return {(name.replace("_", "-"), "all", "pearson_delta_top20"): value for name, value in values.items()}
+    words = evaluation.verdict(summary(scgpt=(0.5, 0.1, 3), lang=(0.7, 0.05, 3), lang_shuffled=(0.69, 0.1, 3), non_ctrl_mean=(0.6, np.nan, 1),
+                                       ridge=(0.9, np.nan, 1)), ["scgpt", "lang", "lang-shuffled"], ["non-ctrl-mean", "ridge"])
+    assert "lang is the best trained model (0.700 ± 0.050)" in words and "above non-ctrl-mean (0.600; beyond the intervals)" in words
+    assert "not above ridge (0.900; beyond the intervals)" in words and "above lang-shuffled (0.690 ± 0.100; within the intervals)" in words
+
+
+def test_every_baseline_and_the_ceiling_stand_in_the_report(results):
+    report = (results.folder / "report.md").read_text(encoding="utf-8")
+    for name in ("matching-mean", "additive", "random", "no-change", "ridge_go_c", "ridge_ncbi+uniprot", "data-ceiling"):
+        assert report.count(f"| {name} ") == 3, name
+
+
+def test_the_papers_figures_stand_beside_ours_for_norman_only(evaluation):
+    table = evaluation.paper_rows(evaluation.PAPER["norman"])
+    assert table["scgenept_go_all"] == ["0.698 ± 0.02", "0.554 ± 0.02", "0.209 ± 0.02", "0.00400 ± 0.00"]
+    assert evaluation.paper_rows(evaluation.PAPER_BY_SUBGROUP)["GEARS"][0] == "0.448 ± 0.01" and "demo" not in evaluation.PAPER
+    assert all(len(cells) == 4 for text in (*evaluation.PAPER.values(), evaluation.PAPER_BY_SUBGROUP) for cells in evaluation.paper_rows(text).values())
+
+
+def test_embedders_and_modes_are_compared_as_far_as_runs_exist(evaluation):
+    def run(name, file):
+        return SimpleNamespace(name=name, embeddings={"go_c": file} if file else {})
+    runs = [run("scgpt", None), run("v", "go_c.published.concat.h5"), run("v,embedder=m.1", "go_c.m.1.concat.h5"), run("v,mode=avg", "go_c.published.avg.h5"),
+            run("w", "go_c.published.concat.h5")]
+    summary = {(r.name, "all", metric): (0.5 + i, np.nan, 1) for i, r in enumerate(runs) for metric in evaluation.METRICS}
+    text = "\n".join(evaluation.tables_by_embedding(summary, runs))
+    assert text.count("## By embedder") == text.count("## Concatenated against averaged") == 4
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| v ")]
+    assert rows[0] == ["v", "2.500", "1.500"] and rows[4] == ["v", "3.500", "1.500"] and "| w " not in text
+
+
+# --- other models
+
+def as_released(net, path):
+    """Write a network of this kit under the keys of a released scGenePT file with GO-C vectors."""
+    names = {"language_encoders.go_c.": "gopt_encoder_c.", ".proj.": ".fc."}
+    state = {}
+    for key, value in net.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        if key != "language_rows":
+            state[key] = value.double() if "gopt_encoder_c.embedding" in key else value
+    torch.save(state, path)
+
+
+def test_a_released_file_and_a_copied_own_file_evaluate_like_runs(results, tmp_path):
+    torch.manual_seed(0)
+    config = model.Config(n_tokens=129, pad_id=126, d_model=32, n_heads=8, d_hid=16, n_layers=1, languages={"go_c": 6}, n_language_rows=129)
+    net = model.ScGenePT(config).eval()
+    net.language_rows.copy_(torch.arange(129))
+    as_released(net, tmp_path / "best_model_seed_42.pt")
+    shutil.copy(results.root / "runs/demo/scgpt/seed42/model.pt", tmp_path / "mine.pt")
+    (tmp_path / "data").symlink_to(results.root / "data")
+    run_script("05_eval.py", "--run", f"released={tmp_path / 'best_model_seed_42.pt'}", tmp_path / "mine.pt", "--controls", 3, root=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "results/demo/metrics.csv").open(newline="")))
+    assert {(row["model"], row["seed"]) for row in rows} >= {("released", "42"), ("mine", "0")}
+    with h5py.File(tmp_path / "results/demo/predictions/released.seed42.h5ad") as file:
+        assert file["X"].shape == (46, 128)
+
+
+def test_a_model_of_another_vocabulary_is_refused(results, tmp_path):
+    model.save(model.ScGenePT(model.Config(n_tokens=50, pad_id=47, d_model=8, n_heads=2, d_hid=8, n_layers=1)), tmp_path / "other.pt")
+    (tmp_path / "data").symlink_to(results.root / "data")
+    error = error_of("05_eval.py", "--run", tmp_path / "other.pt", root=tmp_path)
+    assert "other.pt: has a vocabulary of 50 genes, the dataset one of 129" in error
+
+
+@pytest.mark.parametrize("per_cell", [True, False])
+def test_another_methods_predictions_get_the_same_rows(results, tmp_path, per_cell):
+    data = results.data
+    tested = np.flatnonzero(data.split == "test")
+    order = np.random.default_rng(0).permutation(128)
+    rows = np.repeat(tested, 2 if per_cell else 1)
+    noise = np.tile([[0.5], [-0.5]], (len(tested), 1)) if per_cell else 0  # cancels in the mean of a condition's cells
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["X"] = (data.mean[rows].astype(float) + noise)[:, order]
+        for table, column, values in (("obs", "condition", data.conditions[rows]), ("var", "gene_name", data.genes[order])):
+            file.create_group(table).attrs["_index"] = column
+            file[table].create_dataset(column, data=values, dtype=h5py.string_dtype())
+    (tmp_path / "data").symlink_to(results.root / "data")
+    (tmp_path / "runs").symlink_to(results.root / "runs")
+    run_script("05_eval.py", "--run", "scgpt", "--controls", 2, "--external", f"oracle={tmp_path / 'other.h5ad'}", root=tmp_path)
+    found = [row for row in csv.DictReader((tmp_path / "results/demo/metrics.csv").open(newline="")) if row["model"] == "oracle"]
+    assert {row["condition"] for row in found} == set(data.conditions[tested])
+    for row in found:
+        assert float(row["value"]) == pytest.approx(0 if row["metric"].startswith("mse") else 1, abs=1e-5)
+
+
+# --- single perturbations
+
+def test_predict_draws_a_figure_and_writes_the_20_genes_that_change_most(results, tmp_path):
+    for name in ("data", "runs"):
+        (tmp_path / name).symlink_to(results.root / name)
+    data = results.data
+    done = run_script("05_eval.py", "--predict", "DEMO001", "DEMO002+DEMO003", "--controls", 7, "--run", "scgpt", root=tmp_path)
+    rows = list(csv.DictReader((tmp_path / "results/demo/predicted.csv").open(newline="")))
+    assert len(rows) == 2 * 2 * 20 and (tmp_path / "results/demo/predicted_DEMO002_DEMO003.png").exists() and "DEMO001" in done.stdout
+    label = next(c for c, label in enumerate(data.conditions) if label == "DEMO001+ctrl")
+    measured = [row for row in rows if (row["condition"], row["seed"]) == ("DEMO001", "42")]
+    assert [row["gene"] for row in measured] == data.genes[data.de_idx[label]].tolist()
+    gene = data.de_idx[label][0]
+    assert float(measured[0]["measured_delta"]) == pytest.approx(float(data.mean[label][gene] - data.mean[data.split == "ctrl"][0][gene]), abs=1e-5)
+    assert float(measured[0]["delta"]) == pytest.approx(float(measured[0]["predicted"]) - float(measured[0]["control"]), abs=1e-6)
+    cells = np.random.default_rng([42, 7]).choice(data.ctrl_cells, 7)
+    predicted = model.predict(model.load(results.root / "runs/demo/scgpt/seed42/model.pt"), data.token_ids, data.X[cells].toarray(), 0)
+    assert float(measured[0]["predicted"]) == pytest.approx(float(predicted[:, gene].mean()), abs=1e-5)
+
+
+def test_predicting_an_unknown_gene_names_it(results):
+    assert "'DEM001' is no gene of the dataset" in error_of("05_eval.py", "--predict", "DEM001", root=results.root)
+
+
+# --- tables
+
 def test_the_summary_is_mean_and_students_interval_over_the_seeds_means(results):
     for row in results.summary:
         seeds = {}
@@ -87,8 +268,8 @@ def test_the_summary_is_mean_and_students_interval_over_the_seeds_means(results)
         if len(means) == 1:
             assert row["interval"] == ""
         else:
-            low, high = scipy.stats.t.interval(0.95, len(means) - 1, np.mean(means), scipy.stats.sem(means))
-            assert float(row["interval"]) == pytest.approx((high - low) / 2, rel=1e-4)
+            half_width = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
+            assert float(row["interval"]) == pytest.approx(half_width, rel=1e-4)
     assert {row["subgroup"] for row in results.summary} == {"all", *results.data.subgroup[results.data.split == "test"]}
 
 
@@ -104,7 +285,8 @@ def test_the_run_ends_with_a_table_by_subgroup_and_says_where_report_and_figure_
 def test_the_report_is_labelled_synthetic_and_marks_the_best(results):
     report = (results.folder / "report.md").read_text(encoding="utf-8")
     assert "**SYNTHETIC data**" in report and "![" in report
-    column = {row["model"]: float(row["mean"]) for row in results.summary if (row["subgroup"], row["metric"]) == ("all", "mse_all")}
+    column = {row["model"]: float(row["mean"]) for row in results.summary if (row["subgroup"], row["metric"]) == ("all", "mse_all")
+              and row["model"] != "data-ceiling"}
     best = min(column, key=column.get)
     line = next(line for line in report.splitlines() if line.startswith(f"| {best} "))
     assert f"**{column[best]:.3f}" in line
@@ -139,7 +321,7 @@ def test_unmeasured_genes_never_count(results, tmp_path):
     for path in (tmp_path / "runs").glob("demo/*/*/config.json"):  # as if they had been trained on this file
         config = json.loads(path.read_text())
         made = json.loads(config["made_from"])
-        made["inputs"]["dataset.h5"] = __import__("hashlib").sha256((tmp_path / "data/demo/dataset.h5").read_bytes()).hexdigest()
+        made["inputs"]["dataset.h5"] = hashlib.sha256((tmp_path / "data/demo/dataset.h5").read_bytes()).hexdigest()
         path.write_text(json.dumps(config | {"made_from": json.dumps(made)}))
     run_script("05_eval.py", "--run", "scgpt", "--controls", 5, root=tmp_path)
     with h5py.File(tmp_path / "results/demo/predictions/scgpt.seed42.h5ad") as file:

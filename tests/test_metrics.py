@@ -62,3 +62,20 @@ def test_interval95_is_students(n):
 def test_interval95_of_one_value_is_undefined():
     mean, half_width = metrics.interval95([0.5])
     assert mean == 0.5 and np.isnan(half_width)
+
+
+def test_specific_scores_are_those_of_a_loop():
+    pred, true, reference, _ = profiles(3)
+    scores = metrics.evaluate_specific(pred, true, reference)
+    for i in range(len(pred)):
+        assert scores["pearson_systema"][i] == pytest.approx(scipy.stats.pearsonr(pred[i] - reference, true[i] - reference)[0])
+        distance = [np.linalg.norm(pred[i] - true[j]) for j in range(len(pred))]
+        farther = [distance[j] > distance[i] for j in range(len(pred)) if j != i]
+        assert scores["centroid_accuracy"][i] == pytest.approx(np.mean(farther))
+
+
+def test_specific_scores_tell_a_perfect_prediction_from_one_that_is_the_same_for_all():
+    _, true, reference, _ = profiles(4, P=50)
+    perfect, same = metrics.evaluate_specific(true, true, reference), metrics.evaluate_specific(np.tile(reference, (50, 1)), true, reference)
+    assert perfect["centroid_accuracy"].min() == 1 and perfect["pearson_systema"].min() == pytest.approx(1)
+    assert same["centroid_accuracy"].mean() == pytest.approx(0.5) and not same["pearson_systema"].any()
