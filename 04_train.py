@@ -208,10 +208,12 @@ def language_tables(data, files, seed, shuffled):
 # Device and processes
 
 def choose_device(name):
-    """The torch device of --device; `auto` takes CUDA where it is, else the CPU."""
+    """The torch device of --device; `auto` takes CUDA where it is, else the CPU. Under torchrun each process gets a GPU of its own."""
     import torch
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -231,9 +233,12 @@ def mixed_precision(device):
 
 def process_group(device):
     """(rank, number of processes) under torchrun, whose processes it connects; (0, 1) otherwise."""
+    import torch
     import torch.distributed as dist
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL uses; without it every process of a machine would talk through its first GPU
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
@@ -304,7 +309,7 @@ def train(run, net, data, options, seed, device, rank, n_processes):
             print(f"  goes on after epoch {len(log)}")
             if best_epoch == len(log):  # it may have been killed between state.pt and model.pt
                 model_file.save(net, run / "model.pt")
-    parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net)
 
     def errors(predict, cells, genes):
         """Squared error summed over a batch's cells and measured genes, and the number of those entries."""
