@@ -57,6 +57,13 @@ def load_dataset(path, made_by):
     return data
 
 
+def on_device(array, device):
+    """A numpy array as a tensor on `device`; through pinned memory to a GPU, so that the copy does not wait for its running work."""
+    import torch
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def expression_reader(X, device):
     """A function (cells (B,), genes (L,)) -> expression (B, L), float32 on `device`.
 
@@ -64,16 +71,15 @@ def expression_reader(X, device):
     """
     import torch
     if device.type == "cuda" and X.shape[0] * X.shape[1] * 4 < torch.cuda.mem_get_info(device)[0] / 4:
-        on_device = torch.empty(X.shape, device=device)
+        whole = torch.empty(X.shape, device=device)
         for start in range(0, X.shape[0], 4096):
-            on_device[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
+            whole[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
 
         def read(cells, genes):
-            cells, genes = (torch.from_numpy(idx).to(device, non_blocking=True) for idx in (cells, genes))
-            return on_device[cells[:, None], genes]
+            return whole[on_device(cells, device)[:, None], on_device(genes, device)]
     else:
         def read(cells, genes):
-            return torch.from_numpy(X[cells].toarray()[:, genes]).to(device, non_blocking=True)
+            return on_device(X[cells].toarray()[:, genes], device)
     return read
 
 
@@ -314,8 +320,7 @@ def train(run, net, data, options, seed, device, rank, n_processes):
     def errors(predict, cells, genes):
         """Squared error summed over a batch's cells and measured genes, and the number of those entries."""
         cells = cells[rank::n_processes]
-        flags = torch.from_numpy(perturbed_flags(data, cells, genes)).to(device, non_blocking=True)
-        genes_here = torch.from_numpy(genes).to(device, non_blocking=True)
+        flags, genes_here = on_device(perturbed_flags(data, cells, genes), device), on_device(genes, device)
         with autocast():
             predicted = predict(gene_ids[genes_here], expression(input_cell[cells], genes), flags)
         counts = measured[genes_here]
@@ -410,6 +415,7 @@ def options():
     add("--no-pretrained", action="store_true", help="start from random weights, with the sizes that follow")
     for name, value in SCRATCH_SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {value}; pretrained: as in args.json")
+    add("--compile", action="store_true", help="compile the network with torch.compile: minutes at first, pays on long runs on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser.parse_args()
 
@@ -491,6 +497,8 @@ def main():
             n_parameters = sum(p.numel() for p in net.parameters())
             print(f"  {n_parameters:,} parameters; {(np.isin(data.split[data.cell_condition], ['train', 'ctrl'])).sum():,} training cells, "
                   f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
+            if args.compile:
+                net.compile()
             best_epoch, best_val = train(run, net, data, settings, seed, device, rank, n_processes)
             print(f"  best epoch {best_epoch}, validation MSE {best_val:.5f}")
             if rank == 0:
