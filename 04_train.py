@@ -66,6 +66,13 @@ def load_dataset(path, made_by):
     return data
 
 
+def on_device(array, device):
+    """A numpy array as a tensor on `device`; through pinned memory to a GPU, so that the copy does not wait for its running work."""
+    import torch
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def expression_reader(X, device):
     """A function (cells (B,), genes (L,)) -> expression (B, L), float32 on `device`.
 
@@ -73,16 +80,15 @@ def expression_reader(X, device):
     """
     import torch
     if device.type == "cuda" and X.shape[0] * X.shape[1] * 4 < torch.cuda.mem_get_info(device)[0] / 4:
-        on_device = torch.empty(X.shape, device=device)
+        whole = torch.empty(X.shape, device=device)
         for start in range(0, X.shape[0], 4096):
-            on_device[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
+            whole[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
 
         def read(cells, genes):
-            cells, genes = (torch.from_numpy(idx).to(device, non_blocking=True) for idx in (cells, genes))
-            return on_device[cells[:, None], genes]
+            return whole[on_device(cells, device)[:, None], on_device(genes, device)]
     else:
         def read(cells, genes):
-            return torch.from_numpy(X[cells].toarray()[:, genes]).to(device, non_blocking=True)
+            return on_device(X[cells].toarray()[:, genes], device)
     return read
 
 
@@ -217,10 +223,12 @@ def language_tables(data, files, seed, shuffled):
 # Device and processes
 
 def choose_device(name):
-    """The torch device of --device; `auto` takes CUDA where it is, else the CPU."""
+    """The torch device of --device; `auto` takes CUDA where it is, else the CPU. Under torchrun each process gets a GPU of its own."""
     import torch
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -240,9 +248,12 @@ def mixed_precision(device):
 
 def process_group(device):
     """(rank, number of processes) under torchrun, whose processes it connects; (0, 1) otherwise."""
+    import torch
     import torch.distributed as dist
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL uses; without it every process of a machine would talk through its first GPU
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
@@ -328,13 +339,12 @@ def train(run, net, data, options, seed, device, rank, n_processes):
             print(f"  goes on after epoch {len(log)}")
             if best_epoch == len(log):  # it may have been killed between state.pt and model.pt
                 model_file.save(net, run / "model.pt")
-    parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net)
 
     def errors(predict, cells, genes):
         """Squared error summed over a batch's cells and measured genes, and the number of those entries."""
         cells = cells[rank::n_processes]
-        flags = torch.from_numpy(perturbed_flags(data, cells, genes)).to(device, non_blocking=True)
-        genes_here = torch.from_numpy(genes).to(device, non_blocking=True)
+        flags, genes_here = on_device(perturbed_flags(data, cells, genes), device), on_device(genes, device)
         with autocast():
             predicted = predict(gene_ids[genes_here], expression(input_cell[cells], genes), flags)
         counts = measured[genes_here]
@@ -430,6 +440,7 @@ def options():
     add("--no-pretrained", action="store_true", help="start from random weights, with the sizes that follow")
     for name, value in SCRATCH_SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {value}; pretrained: as in args.json")
+    add("--compile", action="store_true", help="compile the network with torch.compile: minutes at first, pays on long runs on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser.parse_args()
 
@@ -516,6 +527,8 @@ def main():
             n_parameters = sum(p.numel() for p in net.parameters())
             print(f"  {n_parameters:,} parameters; {(np.isin(data.split[data.cell_condition], ['train', 'ctrl'])).sum():,} training cells, "
                   f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
+            if args.compile:
+                net.compile()
             best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
             print(f"  best epoch {best_epoch}, validation MSE {best_val:.5f}")
             if rank == 0:
