@@ -5,7 +5,7 @@
     python 05_eval.py --dataset norman --controls 50               quicker, for a machine without a GPU
     python 05_eval.py --dataset norman --run scgpt released=best_model_seed_42.pt      chosen runs, a released model
     python 05_eval.py --dataset norman --external GEARS=gears.h5ad                     another method's predictions
-    python 05_eval.py --dataset norman --predict POU3F2 CEBPE+KLF1                     figures of single perturbations
+    python 05_eval.py --dataset norman --predict POU3F2 CEBPE+KLF1                     what these perturbations do
 
 Writes metrics.csv (a value a condition), summary.csv (mean and 95% interval over seeds), report.md with figures, and each
 model's predicted means as predictions/<model>.seed<N>.h5ad, which anndata and scanpy open. Predictions that are there already
@@ -23,11 +23,13 @@ data-ceiling is no prediction: one half of a condition's cells scored as if it p
 """
 import argparse
 import csv
+import difflib
 import importlib
 import io
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -185,8 +187,9 @@ def predict_means(path, data, conditions, controls, device, batch_size, title):
     return means
 
 
-def write_h5ad(path, made, X, obs, var_names, uns):
-    """Write mean profiles X (conditions, genes) as an AnnData file: obs {column: values} with the index `condition`."""
+def write_h5ad(path, made, X, obs, var_names, uns, layers=None):
+    """Write mean profiles X (rows, genes) as an AnnData file: obs {column: values}, layers {name: (rows, genes)}. The index is
+    the condition, and model and seed where a condition has several rows."""
     def table(file, name, index, columns):
         group = file.create_group(name)
         group.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index",
@@ -202,13 +205,18 @@ def write_h5ad(path, made, X, obs, var_names, uns):
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         file["X"] = X.astype(np.float32)
         file["X"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        table(file, "obs", obs["condition"], obs)
+        index = obs["condition"]
+        if len(set(index)) < len(index):
+            index = [f"{condition} {name} {seed}" for condition, name, seed in zip(index, obs["model"], obs["seed"])]
+        table(file, "obs", index, obs)
         table(file, "var", var_names, {"gene_name": var_names})
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             file.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
         for name, value in uns.items():
             file["uns"].create_dataset(name, data=value, dtype=h5py.string_dtype()).attrs.update(
                 {"encoding-type": "string", "encoding-version": "0.2.0"})
+        for name, values in (layers or {}).items():
+            file["layers"].create_dataset(name, data=values.astype(np.float32)).attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,22 +289,35 @@ def read_external(item, data, conditions):
     """Another method's predictions, NAME=FILE.h5ad: an obs column `condition`, X predicted expression per cell or per
     condition, genes by symbol. Returns the name and the mean profiles (conditions, G of the measured genes)."""
     prepare = importlib.import_module("03_prepare_data")
-    name, _, file = item.partition("=")
-    if not name or not file:
-        sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad")
-    options = SimpleNamespace(gene_key=None, condition_key="condition", control=data.control, normalize=False)
-    X, genes, _, labels, cell_condition, _ = prepare.read_h5ad(Path(file), options, may_be_negative=True)
-    column = {gene: i for i, gene in reversed(list(enumerate(genes)))}
-    wanted = data.genes[data.measured]
-    missing = [gene for gene in wanted if gene not in column]
-    if missing:
-        sys.exit(f"error: {file}: {len(missing):,} of {len(wanted):,} genes are missing, the first {missing[0]}")
-    row_of = {label: row for row, label in enumerate(labels)}
-    absent = [data.conditions[c] for c in conditions if data.conditions[c] not in row_of]
-    if absent:
-        sys.exit(f"error: {file}: {len(absent)} of {len(conditions)} test conditions are missing, the first {absent[0]!r}")
-    means = [np.asarray(X[np.flatnonzero(cell_condition == row_of[data.conditions[c]])].mean(axis=0)).ravel() for c in conditions]
-    return name, np.stack(means)[:, [column[gene] for gene in wanted]]
+    name, _, path = item.partition("=")
+    shared.check_name(name, "--external")
+    if not path or not Path(path).exists():
+        sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad, a file that exists")
+    with prepare.damage_in(path), h5py.File(path, "r") as file:
+        obs, var = (prepare.find(file, key, path) for key in ("obs", "var"))
+        if obs is None or var is None or prepare.find(file, "X", path) is None:
+            sys.exit(f"error: {path}: no X, obs or var in it: not an AnnData file")
+        labels, label_of_cell = prepare.read_column(obs, "condition", path)
+        gene_key = "gene_name" if prepare.find(var, "gene_name", path) is not None else str(prepare.attribute(var, path, "_index"))
+        values, codes = prepare.read_column(var, gene_key, path)
+        column = {gene: i for i, gene in reversed(list(enumerate(values[codes])))}
+        missing = [gene for gene in data.genes[data.measured] if gene not in column]
+        if missing:
+            sys.exit(f"error: {path}: {len(missing):,} of {data.measured.sum():,} genes are missing, the first {missing[0]!r}")
+        row_of = {label: row for row, label in enumerate(labels)}
+        n_cells = np.bincount(label_of_cell[label_of_cell >= 0], minlength=len(labels))
+        absent = [label for label in data.conditions[conditions] if label not in row_of or not n_cells[row_of[label]]]
+        if absent:
+            sys.exit(f"error: {path}: {len(absent)} of {len(conditions)} test conditions are missing, the first {absent[0]!r}")
+        sums = np.zeros((len(labels), len(codes)))
+        for cells, genes, X in prepare.read_blocks(file, path, (len(label_of_cell), len(codes))):
+            of_cells = label_of_cell[cells]
+            for label in np.unique(of_cells[of_cells >= 0]):
+                sums[label, genes] += np.asarray(X[np.flatnonzero(of_cells == label)].sum(axis=0)).ravel()
+    rows = [row_of[data.conditions[c]] for c in conditions]
+    if not np.isfinite(sums[rows]).all():
+        sys.exit(f"error: {path}: X holds NaN or infinite values")
+    return name, (sums[rows] / n_cells[rows][:, None])[:, [column[gene] for gene in data.genes[data.measured]]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,63 +441,165 @@ def draw_split(path, data, title):
 # ---------------------------------------------------------------------------------------------------------------------
 # Single perturbations
 
-def predict_perturbations(args, data, runs, device, results):
-    """For every perturbation of --predict: its 20 genes that change most, measured (where the data has it) and as each model
-    predicts them, as a figure and as rows of predicted.csv."""
-    import model
-    ctrl = data.mean[data.split == "ctrl"][0]
-    position = {gene: i for i, gene in reversed(list(enumerate(data.genes)))}
-    wanted = []
-    for label in args.predict:
-        unknown = [gene for gene in label.split("+") if gene not in position]
+def read_perturbations(items, data, vocab_path):
+    """The perturbations of --predict as a list of labels: GENE, GENE+GENE, a text file with one a line, or all-singles (every
+    gene of the dataset). Genes that the dataset lacks join it as unmeasured ones, if the vocabulary has them."""
+    labels = []
+    for item in items:
+        if item == "all-singles":
+            labels += list(data.genes)
+        elif Path(item).is_file():
+            labels += [line.strip() for line in Path(item).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        else:
+            labels.append(item)
+    known = set(data.genes)
+    new = list(dict.fromkeys(gene for label in labels for gene in label.split("+") if gene not in known))
+    if new:
+        vocab = {}
+        if data.vocab != "own genes":
+            if not vocab_path.exists() or shared.fingerprint(vocab_path) != data.vocab:
+                sys.exit(f"error: --predict: {new[0]!r} is no gene of the dataset, and {vocab_path} is not the vocabulary that it was made with: name "
+                         "that with --vocab")
+            vocab = shared.read_json(vocab_path, int)
+        unknown = [gene for gene in new if gene not in vocab]
         if unknown:
-            sys.exit(f"error: --predict {label}: {unknown[0]!r} is no gene of the dataset (its symbols are like {data.genes[0]})")
-        wanted.append((label, np.array(sorted({position[gene] for gene in label.split("+")}))))
+            near = difflib.get_close_matches(unknown[0], [*known, *vocab], 3)
+            sys.exit(f"error: --predict: {unknown[0]!r} is neither a gene of the dataset nor in its vocabulary" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        print(f"not in the dataset, joined as unmeasured genes: {', '.join(new)}")
+        data.genes = np.concatenate([data.genes, np.array(new, dtype=object)])
+        data.token_ids = np.concatenate([data.token_ids, [vocab[gene] for gene in new]])
+        data.measured = np.concatenate([data.measured, np.zeros(len(new), dtype=bool)])
+        data.mean = np.pad(data.mean, ((0, 0), (0, len(new))))
+        data.X.resize(data.X.shape[0], len(data.genes))
+    return list(dict.fromkeys(labels)), new
+
+
+def add_language(net, run, data, new, embeddings):
+    """Give a network the language vectors of the genes `new`, from the files that its run was trained with."""
+    if not new or not net.config.languages:
+        return
+    tokens, vectors = data.token_ids[-len(new):], {}
+    lacking = net.language_rows[tokens] < 0
+    for source in net.config.languages:
+        with shared.open_h5(embeddings / str(run.embeddings.get(source)), "02_embed.py", ("genes", "vectors")) as file:
+            row_of = {gene: row for row, gene in enumerate(file["genes"].asstr()[:])}
+            missing = [gene for gene, lacks in zip(new, lacking) if lacks and gene not in row_of]
+            if missing:
+                sys.exit(f"error: --predict: {run.embeddings[source]} has no vector for {', '.join(missing)}, which {run.name} needs")
+            vectors[source] = np.stack([file["vectors"][row_of.get(gene, 0)] for gene in new])[lacking.numpy()]
+    net.add_language(tokens[lacking.numpy()], vectors)
+
+
+def predict_perturbations(args, data, runs, device, results):
+    """For every perturbation of --predict what each model says of it: predicted.h5ad (mean profiles), predicted.csv (ranked by the
+    size of the effect), predicted_genes.csv (the 20 genes that change most), and for a dozen perturbations at most a figure."""
+    import model
+    from tqdm import tqdm
+    folder = args.root / "data" / shared.space_of(args.dataset)
+    labels, new = read_perturbations(args.predict, data, args.vocab or folder / "scgpt" / "vocab.json")
+    position = {gene: i for i, gene in reversed(list(enumerate(data.genes)))}
+    targets_of = {label: np.array(sorted({position[gene] for gene in label.split("+")})) for label in labels}
+    singles = {gene: np.array([position[gene]]) for label in labels if "+" in label for gene in label.split("+")}  # to compare pairs with
+    ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
     cells = np.random.default_rng([args.seed, 7]).choice(data.ctrl_cells, args.controls or N_FIGURE_CONTROLS)
     control = data.X[cells].toarray()
+    baseline = control.mean(0, dtype=np.float64)  # a prediction is compared with the cells that it started from
     autocast, _ = training.mixed_precision(device)
-    predicted = {label: {} for label, _ in wanted}  # label: {(model, seed): (cells, G)}
-    for run in runs:
-        net = load_model(run.path, data).to(device)
-        for label, targets in wanted:
-            with autocast():
-                predicted[label][run.name, run.seed] = model.predict(net, data.token_ids, control, targets, args.batch_size)
-    rows = []
-    for label, targets in wanted:
-        same = [c for c, t in enumerate(data.targets) if set(t[t >= 0]) == set(targets)]
-        measured = data.X[np.flatnonzero(np.isin(data.cell_condition, same))].toarray() if same else None
-        delta = {key: each.mean(0) - ctrl for key, each in predicted[label].items()}
-        if same:
-            top = data.de_idx[same[0]][data.de_idx[same[0]] >= 0]
-        else:
-            top = np.argsort(-np.where(data.measured, np.abs(np.mean(list(delta.values()), axis=0)), -1), kind="stable")[:20]
-        for (name, seed), change in delta.items():
-            rows += [(label, name, seed, data.genes[g], float(ctrl[g]), float(ctrl[g] + change[g]), float(change[g]),
-                      float(measured[:, g].mean() - ctrl[g]) if same else "") for g in top]
-        series = ([("measured", measured[:, top])] if same else []) + [
-            (name, np.concatenate([each[:, top] for (other, _), each in predicted[label].items() if other == name]))
-            for name in dict.fromkeys(run.name for run in runs)]
-        figure = new_figure(12, 5, f"{label}: {'most changed genes as measured' if same else 'most changed genes as predicted, not measured'}"
-                            + (" (SYNTHETIC data)" if data.synthetic else ""))
-        axes = figure.subplots()
-        for i, (name, values) in enumerate(series):
-            at = np.arange(len(top)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
-            boxes = axes.boxplot(values - ctrl[top], positions=at, widths=0.7 / len(series), showfliers=False, patch_artist=True,
-                                 medianprops={"color": "black"}, manage_ticks=False)
-            color = "#999999" if name == "measured" else COLORS[(i - bool(same)) % (len(COLORS) - 1)]
-            for box in boxes["boxes"]:
-                box.set_facecolor(color)
-            axes.bar(0, 0, color=color, label=name)
-        axes.axhline(0, color="black", lw=0.8)
-        axes.set_xticks(range(len(top)), data.genes[top], rotation=60, ha="right", fontsize=8)
-        axes.set_ylabel("expression less the control mean\n(log-normalized)")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-        path = results / ("predicted_" + re.sub(r"[^A-Za-z0-9_-]", "_", label) + ".png")
-        save_figure(figure, path)
-        print(f"{label}: {'measured and ' if same else ''}predicted over {len(cells)} control cells -> {path}")
+    delta, of_cells, top = {}, {}, {}  # (label, model, seed): (G,), (cells, top); label: (top,)
+    wanted = singles | targets_of
+    print(f"{len(labels):,} perturbations, {len(runs)} models, {len(cells)} control cells each; device: {device}")
+    with tqdm(total=len(runs) * len(wanted), unit=" perturbations", leave=False, disable=None) as progress:
+        for run in runs:
+            net = load_model(run.path, data)
+            add_language(net, run, data, new, folder / "embeddings")
+            net.to(device)
+            for label, targets in wanted.items():
+                with autocast():
+                    each = model.predict(net, data.token_ids, control, targets, args.batch_size)
+                change = each.mean(0, dtype=np.float64) - baseline
+                delta[label, run.name, run.seed] = change
+                if label not in top:
+                    same = measured_as(data, targets)
+                    top[label] = (data.de_idx[same[0]][data.de_idx[same[0]] >= 0] if same else
+                                  np.argsort(-np.where(data.measured, np.abs(change), -1), kind="stable")[:20])
+                of_cells[label, run.name, run.seed] = each[:, top[label]] - baseline[top[label]]
+                progress.update()
+
+    # Per perturbation and model: the size of the effect, its genes, and for pairs the distance from the sum of the singles
+    def over_seeds(label, name, value):
+        return metrics.interval95([value(delta[label, name, seed], seed) for seed in seeds[name]])
+
+    def rms(values):
+        return float(np.sqrt((values[data.measured] ** 2).mean()))
+
+    seeds = {name: [run.seed for run in runs if run.name == name] for name in dict.fromkeys(run.name for run in runs)}
+    ranked, genes = [], []
+    for label, targets in targets_of.items():
+        measured = [data.mean[c] for c in measured_as(data, targets)]
+        for name in seeds:
+            size, half = over_seeds(label, name, lambda change, seed: rms(change))
+            parts = label.split("+")
+            apart = over_seeds(label, name, lambda change, seed: rms(change - sum(delta[part, name, seed] for part in parts)))[0] if len(parts) > 1 else ""
+            mean = np.mean([delta[label, name, seed] for seed in seeds[name]], axis=0)
+            order = np.argsort(-np.where(data.measured, np.abs(mean), -1), kind="stable")[:20]
+            ranked.append((label, name, len(seeds[name]), size, "" if math.isnan(half) else half, apart,
+                           " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in order[:10])))
+            for g in order:
+                value, half = over_seeds(label, name, lambda change, seed: change[g])
+                genes.append((label, name, data.genes[g], float(baseline[g]), float(baseline[g]) + value, value, "" if math.isnan(half) else half,
+                              float(np.mean([mean[g] for mean in measured]) - ctrl[g]) if measured else ""))
+    ranked.sort(key=lambda row: -row[3])
     shared.write_text(results / "predicted.csv", csv_text(
-        ("condition", "model", "seed", "gene", "control", "predicted", "delta", "measured_delta"), rows))
-    print(f"values: {results / 'predicted.csv'}")
+        ("condition", "model", "n_seeds", "effect_rms", "interval", "interaction_rms", "top_genes"), ranked))
+    shared.write_text(results / "predicted_genes.csv", csv_text(
+        ("condition", "model", "gene", "control", "predicted", "delta", "interval", "measured_delta"), genes))
+    kept = [(label, name, seed) for label in labels for name in seeds for seed in seeds[name]]
+    is_measured = data.measured
+    changes = np.stack([delta[key] for key in kept])[:, is_measured]
+    write_h5ad(results / "predicted.h5ad", shared.made_from({"controls": len(cells), "seed": args.seed}, []), baseline[is_measured] + changes,
+               {"condition": [label for label, _, _ in kept], "model": [name for _, name, _ in kept], "seed": [seed for _, _, seed in kept]},
+               list(data.genes[is_measured]), {"description": "mean predicted log-normalized expression" + (" of SYNTHETIC cells" if data.synthetic else ""),
+                                               "command": shlex.join(sys.argv)},
+               layers={"control": np.tile(baseline[is_measured], (len(kept), 1)), "delta": changes})
+    if len(labels) <= 12:
+        for label in labels:
+            draw_perturbation(results, label, data, top[label], ctrl, {name: np.concatenate([of_cells[label, name, seed] for seed in seeds[name]])
+                                                                       for name in seeds}, measured_as(data, targets_of[label]))
+    for row in ranked[:10]:
+        print(f"{row[0]}: effect {row[3]:.4f} by {row[1]}; {row[6]}")
+    print(f"figures: {'one a perturbation, ' + str(results / 'predicted_*.png') if len(labels) <= 12 else 'none for more than 12 perturbations'}\n"
+          f"values: {results / 'predicted.csv'}, {results / 'predicted_genes.csv'}, {results / 'predicted.h5ad'}")
+
+
+def measured_as(data, targets):
+    """Conditions of the data with exactly these targets."""
+    return [c for c, t in enumerate(data.targets) if set(t[t >= 0]) == set(targets)]
+
+
+def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
+    """Draw the genes `top` of one perturbation: change as measured (where the data has it) and as each model predicts it,
+    {model: (cells, top)} (the paper's Figures 8 and 9)."""
+    series = dict(predicted)
+    if conditions:
+        cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
+        series = {"measured": data.X[cells].toarray()[:, top] - ctrl[top]} | series
+    words = "genes that change most as measured" if conditions else f"genes that change most as {next(iter(predicted))} predicts, not measured"
+    figure = new_figure(12, 5, f"{label}: {words}" + (" (SYNTHETIC data)" if data.synthetic else ""))
+    axes = figure.subplots()
+    for i, (name, values) in enumerate(series.items()):
+        color = "#999999" if name == "measured" else COLORS[(i - bool(conditions)) % (len(COLORS) - 1)]
+        at = np.arange(len(top)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
+        boxes = axes.boxplot(values, positions=at, widths=0.7 / len(series), showfliers=False, patch_artist=True,
+                             medianprops={"color": "black"}, manage_ticks=False)
+        for box in boxes["boxes"]:
+            box.set_facecolor(color)
+        axes.bar(0, 0, color=color, label=name)
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xticks(range(len(top)), data.genes[top], rotation=60, ha="right", fontsize=8)
+    axes.set_ylabel("expression less the control mean\n(log-normalized)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    name = re.sub(r"[^A-Za-z0-9_+-]", "_", label)
+    save_figure(figure, results / f"predicted_{name}.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,8 +611,9 @@ def options():
         "NAME=FILE.pt, own or released (default: all runs found)")
     add("--external", nargs="+", default=[], metavar="NAME=FILE.h5ad", help="predictions of another method: obs column condition, "
         "X predicted expression per cell or per condition")
-    add("--predict", nargs="+", metavar="GENE", help="only predict these perturbations, GENE or GENE+GENE, measured or not: a "
-        "figure each, and predicted.csv")
+    add("--predict", nargs="+", metavar="GENE", help="only predict these perturbations, measured or not: GENE, GENE+GENE, a text file "
+        "with one a line, or all-singles (every gene of the dataset)")
+    add("--vocab", type=Path, metavar="FILE", help="vocab.json for targets of --predict that the dataset lacks (default: data/human/scgpt/)")
     add("--controls", type=int, metavar="N", help="control cells a condition (default: as many as the condition has cells; "
         f"--predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=int, default=42, metavar="N", help="of the draw of control cells (default: 42)")

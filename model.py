@@ -180,6 +180,15 @@ class ScGenePT(nn.Module):
             for source, encoder in self.language_encoders.items():
                 encoder.embedding.weight.copy_(torch.as_tensor(vectors[source]))
 
+    def add_language(self, token_ids, vectors):
+        """Give further genes, vocabulary rows (R,) that had no row in the language tables, their vectors {source: (R, width)}."""
+        n_rows = self.config.n_language_rows
+        self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = torch.arange(n_rows, n_rows + len(token_ids), device=self.language_rows.device)
+        self.config.n_language_rows = n_rows + len(token_ids)
+        for source, encoder in self.language_encoders.items():
+            old = encoder.embedding.weight.detach()
+            encoder.embedding = nn.Embedding.from_pretrained(torch.cat([old, torch.as_tensor(vectors[source]).to(old)]), freeze=False)
+
     def forward(self, gene_ids, expression, perturbed):
         """Predicted expression after the perturbation.
 

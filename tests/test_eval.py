@@ -233,26 +233,106 @@ def test_another_methods_predictions_get_the_same_rows(results, tmp_path, per_ce
 
 # --- single perturbations
 
-def test_predict_draws_a_figure_and_writes_the_20_genes_that_change_most(results, tmp_path):
+@pytest.fixture(scope="module")
+def predicted(results, tmp_path_factory):
+    """What --predict made of a measured single, a pair that was not measured, and a file of perturbations: its folder and rows."""
+    root = tmp_path_factory.mktemp("predict")
+    for name in ("data", "runs"):
+        (root / name).symlink_to(results.root / name)
+    (root / "list.txt").write_text("DEMO010\n\nDEMO004+DEMO005\n")
+    done = run_script("05_eval.py", "--predict", "DEMO001", "DEMO002+DEMO003", root / "list.txt", "--controls", 7, root=root)
+    folder = root / "results/demo"
+    return SimpleNamespace(folder=folder, output=done.stdout, genes=list(csv.DictReader((folder / "predicted_genes.csv").open(newline=""))),
+                           ranked=list(csv.DictReader((folder / "predicted.csv").open(newline=""))))
+
+
+def change(results, name, seed, genes):
+    """Mean predicted change of the seven control cells, by the model file itself."""
+    data = results.data
+    control = data.X[np.random.default_rng([42, 7]).choice(data.ctrl_cells, 7)].toarray()
+    net = model.load(results.root / f"runs/demo/{name}/seed{seed}/model.pt")
+    return (model.predict(net, data.token_ids, control, [data.genes.tolist().index(gene) for gene in genes]) - control).mean(0)
+
+
+def test_predicted_changes_are_means_over_cells_and_intervals_over_seeds(results, predicted):
+    rows = [row for row in predicted.genes if (row["condition"], row["model"]) == ("DEMO002+DEMO003", "scgpt")]
+    both = np.stack([change(results, "scgpt", seed, ["DEMO002", "DEMO003"]) for seed in (42, 23)])
+    assert [row["gene"] for row in rows] == results.data.genes[np.argsort(-np.abs(both.mean(0)), kind="stable")[:20]].tolist()
+    for row in rows:
+        values = both[:, results.data.genes.tolist().index(row["gene"])]
+        assert float(row["delta"]) == pytest.approx(values.mean(), abs=1e-5)
+        assert float(row["interval"]) == pytest.approx(12.7062 * abs(values[0] - values[1]) / 2, abs=1e-4)
+        assert float(row["predicted"]) - float(row["control"]) == pytest.approx(float(row["delta"]), abs=1e-6) and row["measured_delta"] == ""
+
+
+def test_a_measured_perturbation_shows_the_measured_change_beside_it(results, predicted):
+    data = results.data
+    condition = data.conditions.tolist().index("DEMO001+ctrl")
+    for row in (row for row in predicted.genes if row["condition"] == "DEMO001"):
+        gene = data.genes.tolist().index(row["gene"])
+        assert float(row["measured_delta"]) == pytest.approx(float(data.mean[condition, gene] - data.mean[data.split == "ctrl"][0][gene]), abs=1e-5)
+
+
+def test_perturbations_are_ranked_by_their_effect_and_pairs_by_their_distance_from_the_sum_of_singles(results, predicted):
+    sizes = [float(row["effect_rms"]) for row in predicted.ranked]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 4 * 2
+    for row in predicted.ranked:
+        genes = row["condition"].split("+")
+        deltas = [change(results, row["model"], seed, genes) for seed in (42, 23)]
+        assert float(row["effect_rms"]) == pytest.approx(np.mean([np.sqrt((d ** 2).mean()) for d in deltas]), rel=1e-4)
+        if len(genes) == 2:
+            apart = [d - sum(change(results, row["model"], seed, [gene]) for gene in genes) for d, seed in zip(deltas, (42, 23))]
+            assert float(row["interaction_rms"]) == pytest.approx(np.mean([np.sqrt((a ** 2).mean()) for a in apart]), rel=1e-3)
+        else:
+            assert row["interaction_rms"] == ""
+
+
+def test_predictions_of_perturbations_open_in_anndata_with_control_and_delta(predicted):
+    anndata = pytest.importorskip("anndata")
+    table = anndata.read_h5ad(predicted.folder / "predicted.h5ad")
+    assert table.shape == (4 * 4, 128) and {"condition", "model", "seed"} == set(table.obs) and "gene_name" in table.var
+    np.testing.assert_allclose(table.layers["control"] + table.layers["delta"], table.X, rtol=1e-5)
+    assert table.obs_names.is_unique and "05_eval.py" in table.uns["command"]
+
+
+def test_every_perturbation_has_a_figure_as_long_as_they_are_few(predicted):
+    assert {path.name for path in predicted.folder.glob("*.png")} == {f"predicted_{label}.png" for label in
+                                                                       ("DEMO001", "DEMO002+DEMO003", "DEMO010", "DEMO004+DEMO005")}
+
+
+def test_all_singles_are_all_genes_of_the_dataset(results, tmp_path):
     for name in ("data", "runs"):
         (tmp_path / name).symlink_to(results.root / name)
-    data = results.data
-    done = run_script("05_eval.py", "--predict", "DEMO001", "DEMO002+DEMO003", "--controls", 7, "--run", "scgpt", root=tmp_path)
+    done = run_script("05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 1, root=tmp_path)
     rows = list(csv.DictReader((tmp_path / "results/demo/predicted.csv").open(newline="")))
-    assert len(rows) == 2 * 2 * 20 and (tmp_path / "results/demo/predicted_DEMO002_DEMO003.png").exists() and "DEMO001" in done.stdout
-    label = next(c for c, label in enumerate(data.conditions) if label == "DEMO001+ctrl")
-    measured = [row for row in rows if (row["condition"], row["seed"]) == ("DEMO001", "42")]
-    assert [row["gene"] for row in measured] == data.genes[data.de_idx[label]].tolist()
-    gene = data.de_idx[label][0]
-    assert float(measured[0]["measured_delta"]) == pytest.approx(float(data.mean[label][gene] - data.mean[data.split == "ctrl"][0][gene]), abs=1e-5)
-    assert float(measured[0]["delta"]) == pytest.approx(float(measured[0]["predicted"]) - float(measured[0]["control"]), abs=1e-6)
-    cells = np.random.default_rng([42, 7]).choice(data.ctrl_cells, 7)
-    predicted = model.predict(model.load(results.root / "runs/demo/scgpt/seed42/model.pt"), data.token_ids, data.X[cells].toarray(), 0)
-    assert float(measured[0]["predicted"]) == pytest.approx(float(predicted[:, gene].mean()), abs=1e-5)
+    assert {row["condition"] for row in rows} == set(results.data.genes) and "none for more than 12" in done.stdout
 
 
-def test_predicting_an_unknown_gene_names_it(results):
-    assert "'DEM001' is no gene of the dataset" in error_of("05_eval.py", "--predict", "DEM001", root=results.root)
+def test_predicting_an_unknown_gene_names_it_and_what_comes_near(results):
+    error = error_of("05_eval.py", "--predict", "DEMO1", root=results.root)
+    assert "'DEMO1'" in error
+
+
+def test_a_target_that_the_dataset_lacks_joins_with_its_token_and_its_language_vector(results, evaluation, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "vocab.json").write_text(json.dumps({"A": 0, "B": 1, "NEW": 2, "<pad>": 3}))
+    with h5py.File(tmp_path / "s.lsa.concat.h5", "w") as file:
+        file.create_dataset("genes", data=["NEW", "A"], dtype=h5py.string_dtype())
+        file["vectors"] = rng.normal(size=(2, 5)).astype(np.float32)
+        vector = file["vectors"][0]
+    vocab_fingerprint = hashlib.sha256((tmp_path / "vocab.json").read_bytes()).hexdigest()
+    data = SimpleNamespace(genes=np.array(["A", "B"], dtype=object), token_ids=np.array([0, 1]), measured=np.ones(2, dtype=bool), pad_id=3,
+                           mean=np.ones((1, 2)), X=sparse.csr_matrix(np.ones((4, 2))), vocab=vocab_fingerprint)
+    labels, new = evaluation.read_perturbations(["A+NEW"], data, tmp_path / "vocab.json")
+    assert (labels, new) == (["A+NEW"], ["NEW"]) and data.token_ids.tolist() == [0, 1, 2] and data.measured.tolist() == [True, True, False]
+    torch.manual_seed(0)
+    net = model.ScGenePT(model.Config(n_tokens=4, pad_id=3, d_model=8, n_heads=2, d_hid=8, n_layers=1, languages={"s": 5}, n_language_rows=2)).eval()
+    net.set_language([0, 1], {"s": rng.normal(size=(2, 5)).astype(np.float32)})
+    before = model.predict(net, [0, 1], np.ones((1, 2)), 0)
+    evaluation.add_language(net, SimpleNamespace(name="scgenept_s", embeddings={"s": "s.lsa.concat.h5"}), data, new, tmp_path)
+    np.testing.assert_array_equal(net.language_encoders["s"].embedding.weight[net.language_rows[2]].detach(), vector)
+    np.testing.assert_array_equal(model.predict(net, [0, 1], np.ones((1, 2)), 0), before)
+    assert np.isfinite(model.predict(net, data.token_ids, data.X.toarray(), [0, 2])).all()
 
 
 # --- tables

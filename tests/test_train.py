@@ -1,7 +1,6 @@
 """04_train.py: variants, batches, the training loop, interruption, and what it refuses."""
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
