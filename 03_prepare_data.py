@@ -46,6 +46,11 @@ LARGEST_LOG = 50  # no logarithm of an expression comes near
 # ---------------------------------------------------------------------------------------------------------------------
 # Conditions and the split
 
+def shown(names, most=8):
+    """The first names of a list, for a message: in one line, whatever characters they are made of."""
+    return ", ".join(repr(str(name))[1:-1] for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
 def parse_condition(label, control="ctrl", separator="+", genes=(), target_regex=None, source="labels"):
     """Targets of a condition label: `A+B` -> [A, B], `A+ctrl` and `ctrl+A` -> [A], `ctrl` -> []. Ends the run otherwise.
 
@@ -54,65 +59,70 @@ def parse_condition(label, control="ctrl", separator="+", genes=(), target_regex
     """
     def target_of(name):
         match = re.fullmatch(target_regex, name) if target_regex else None
-        return (match[1] or "") if match else name
+        return match[1] or "" if match else name
 
-    parts, targets = label.split(separator), []
-    is_well_formed = all(part and part == part.strip() for part in parts)
-    while parts:  # the longest known name that the rest begins with, else its first part
-        names = [target_of(separator.join(parts[:n])) for n in range(len(parts), 0, -1)]
-        i = next((i for i, name in enumerate(names) if name == control or name in genes), len(names) - 1)
-        targets.append(names[i])
-        del parts[:len(names) - i]
-    if targets == [control]:
-        return []
-    targets = [target for target in targets if target != control]
-    if target_regex:
-        targets = list(dict.fromkeys(targets))  # two guides of one gene
-    if not targets and target_regex:
-        return []
-    if not targets or not all(targets) or not is_well_formed or len(set(targets)) < len(targets):
-        sys.exit(f"error: {source}: condition {label!r}: expected {control!r}, a target, TARGET{separator}{control}, or different targets "
-                 f"joined by {separator!r} (other labels: --control, --separator, --target-regex)")
+    def refuse():
+        sys.exit(f"error: {source}: condition {shown([label])!r}: expected {control!r}, a target, TARGET{separator}{control}, or different "
+                 f"targets joined by {separator!r} (labels of another form: --control, --separator, --target-regex)")
+
+    parts = label.split(separator)
+    if len(parts) > 100 or not all(part and part == part.strip() for part in parts):
+        refuse()
+    names = []
+    while parts:  # the longest name known that the rest begins with, else its first part
+        candidates = [target_of(separator.join(parts[:n])) for n in range(len(parts), 0, -1)]
+        i = next((i for i, name in enumerate(candidates) if name == control or name in genes), len(parts) - 1)
+        names.append(candidates[i])
+        del parts[:len(candidates) - i]
+    targets = [name for name in names if name != control]
+    if target_regex:  # two guides of one gene are one target, the order of guides means nothing
+        return sorted(set(targets)) if all(targets) else refuse()
+    if names != [control] and not targets or len(set(targets)) < len(targets):
+        refuse()
     return targets
+
+
+def collapse_guides(labels, targets, control):
+    """The labels with guides collapsed, written as the control's label, TARGET+ctrl or A+B; prints what became one."""
+    conditions = [control if not t else f"{t[0]}+ctrl" if len(t) == 1 else "+".join(t) for t in targets]
+    labels_of = {}
+    for label, condition in zip(labels, conditions):
+        labels_of.setdefault(condition, []).append(label)
+    examples = [f"{' and '.join(of[:3])}{' and more' if len(of) > 3 else ''} to {name}" for name, of in labels_of.items() if len(of) > 1]
+    print(f"--target-regex: {len(labels):,} labels collapsed to {len(labels_of):,}: {shown(examples, 5) or 'no two have the same targets'}")
+    return conditions
 
 
 def choose_conditions(labels, label_of_cell, genes, args, source):
     """Conditions (P,) of the labels (L,) in the source, each cell's condition (-1: left out) from its label (-1: missing), and
-    {condition: targets}. Guides are collapsed to their target, conditions of few cells left out, and both reported."""
+    {condition: targets}. Collapses guides and leaves out conditions of few cells; says so."""
     genes = set(genes)
     targets = [parse_condition(label, args.control, args.separator, genes, args.target_regex, source) for label in labels]
-    conditions = list(labels)
     if args.target_regex:
-        conditions = [args.control if not t else f"{t[0]}+ctrl" if len(t) == 1 else "+".join(sorted(t)) for t in targets]
-        guides = {}
-        for label, condition in zip(labels, conditions):
-            guides.setdefault(condition, []).append(label)
-        examples = [f"{' and '.join(of[:3])}{' and more' if len(of) > 3 else ''} -> {condition}" for condition, of in guides.items() if len(of) > 1]
-        print(f"--target-regex: {len(labels):,} labels are {len(guides):,} conditions: {shown(examples or list(guides), 5)}")
-    targets_of = dict(zip(conditions, targets))
-    row = {condition: i for i, condition in enumerate(targets_of)}
-    condition_of = np.array([row[condition] for condition in conditions] + [-1])  # the last: of a missing label
-    cell_condition = condition_of[label_of_cell]
-    n_missing = (cell_condition < 0).sum()
-    if n_missing:
-        print(f"{n_missing:,} of {len(cell_condition):,} cells have no {args.condition_key}: left out")
+        labels = collapse_guides(labels, targets, args.control)
+    targets_of = dict(zip(labels, targets))
+    row = {label: i for i, label in enumerate(targets_of)}
+    cell_condition = np.array([row[label] for label in labels] + [-1])[label_of_cell]  # a missing label takes the last: -1
+    if (cell_condition < 0).any():
+        print(f"{(cell_condition < 0).sum():,} of {len(cell_condition):,} cells have no {args.condition_key}: left out")
 
     conditions = np.array(list(targets_of), dtype=object)
     n_cells = np.bincount(cell_condition[cell_condition >= 0], minlength=len(conditions))
-    if args.control not in targets_of:
+    if args.control not in row:
         most = conditions[np.argsort(-n_cells, kind="stable")]
-        sys.exit(f"error: {source}: no condition {args.control!r}; name the control label with --control (those with most cells are "
-                 f"{shown(most, 5)})")
+        sys.exit(f"error: {source}: no condition {args.control!r}; name the control label with --control (the labels with most cells "
+                 f"are {shown(most, 5)})")
     is_kept = n_cells >= args.min_cells
     if not is_kept[row[args.control]]:
         sys.exit(f"error: {source}: the control {args.control!r} has {n_cells[row[args.control]]:,} cells, fewer than --min-cells {args.min_cells}")
     if not n_cells[is_kept].all():
-        sys.exit(f"error: {source}: condition {conditions[np.argmin(n_cells)]!r} has no cells; leave such out with --min-cells 1")
+        sys.exit(f"error: {source}: condition {shown(conditions[n_cells == 0], 1)!r} has no cells; leave such out with --min-cells 1")
     if not is_kept.all():
         dropped = [f"{condition} ({n:,})" for condition, n in zip(conditions[~is_kept], n_cells[~is_kept])]
-        print(f"--min-cells {args.min_cells}: {len(dropped):,} conditions left out (cells): {shown(dropped, len(dropped))}")
+        print(f"--min-cells {args.min_cells}: {len(dropped):,} conditions left out (their cells): {shown(dropped, len(dropped))}")
     new_row = np.append(np.where(is_kept, np.cumsum(is_kept) - 1, -1), -1)
-    return conditions[is_kept], new_row[cell_condition], {condition: targets_of[condition] for condition in conditions[is_kept]}
+    conditions = conditions[is_kept]
+    return conditions, new_row[cell_condition], {condition: targets_of[condition] for condition in conditions}
 
 
 def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pairs=0.75):
@@ -334,11 +344,6 @@ def unpack(path, target):
     return target
 
 
-def shown(names, most=8):
-    """The first names of a list, for a message: in one line, whatever characters they are made of."""
-    return ", ".join(repr(str(name))[1:-1] for name in names[:most]) + (", ..." if len(names) > most else "")
-
-
 @contextlib.contextmanager
 def damage_in(path):
     """What h5py raises in the block ends the run in one line. Which of these it raises depends on what is damaged."""
@@ -399,6 +404,12 @@ def attribute(item, path, *names):
         return value.decode() if isinstance(value, bytes) else value
 
 
+def columns_of(table, path):
+    """Names of the columns of an AnnData table (obs or var), its index left out."""
+    with damage_in(path):
+        return sorted(name for name in table if not name.startswith("_"))
+
+
 def read_column(table, name, path):
     """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, code -1 a missing value.
 
@@ -407,8 +418,7 @@ def read_column(table, name, path):
     """
     column = find(table, name, path)
     if column is None:
-        there = sorted(table) if isinstance(table, h5py.Group) else []
-        sys.exit(f"error: {path}: {table.name} has no column {name!r}; it has {shown(there, 50)}")
+        sys.exit(f"error: {path}: {table.name} has no column {name!r}; it has {shown(columns_of(table, path), 50)}")
     reference = attribute(column, path, "categories")
     if reference is not None:
         with damage_in(path):
@@ -545,28 +555,40 @@ def read_cells(blocks, kept, is_target, args, source):
         n, mean = kept.sum(), sums[0] / kept.sum()
         variable = most_variable(mean, (sums[1] - n * mean ** 2) / max(n - 1, 1), args.n_genes)
         chosen = variable | is_target
-        print(f"--n-genes: the {variable.sum():,} most variable of {n_genes:,} genes, and {(chosen & ~variable).sum():,} more that are targets")
+        print(f"--n-genes {args.n_genes}: kept the {variable.sum():,} most variable of {n_genes:,} genes"
+              f"{' (no others vary)' if variable.sum() < min(args.n_genes, n_genes) else ''} and {(chosen & ~variable).sum():,} more that are targets")
     parts = [(genes, X if chosen.all() else X[:, chosen[genes]]) for genes, X in kept_blocks()]
     stack = sparse.vstack if all(genes == slice(None) for genes, _ in parts) else sparse.hstack
     return stack([X for _, X in parts], format="csr"), chosen
 
 
-def read_rankings(file, path, conditions, label_of_cell, control):
-    """The file's own rankings of differentially expressed genes, {condition: gene ids} (GEARS' layout), or None without one
-    of every condition. label_of_cell (cells,): each cell's condition."""
-    if find(file, "uns/rank_genes_groups_cov_all", path) is None or find(file, "obs/condition_name", path) is None:
+def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
+    """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of gene_ids (P, 20), -1
+    for control; None unless it ranks the genes of every condition. label_of_cell (cells,): each cell's condition."""
+    where = "uns/rank_genes_groups_cov_all"
+    if find(file, where, path) is None or find(file, "obs/condition_name", path) is None:
         return None
     names, codes = read_column(file["obs"], "condition_name", path)
-    name_of = dict(zip(label_of_cell, names[codes])) if len(codes) == len(label_of_cell) else {}
-    perturbed = [label for label in conditions if label != control]
-    if not all(label in name_of and find(file, f"uns/rank_genes_groups_cov_all/{name_of[label]}", path) for label in perturbed):
+    if len(codes) != len(label_of_cell) or codes.min() < 0:
         return None
-    return {label: read_array(file, f"uns/rank_genes_groups_cov_all/{name_of[label]}", path, "text") for label in perturbed}
+    name_of = dict(zip(label_of_cell, names[codes]))
+    row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
+    order = np.full((len(conditions), N_TOP), -1)
+    for i, label in enumerate(conditions):
+        if label == control:
+            continue
+        if find(file, f"{where}/{name_of[label]}", path) is None:
+            return None
+        ranked = [row_of[gene_id] for gene_id in read_array(file, f"{where}/{name_of[label]}", path, "text") if gene_id in row_of][:N_TOP]
+        if len(ranked) < min(N_TOP, len(gene_ids)):
+            return None
+        order[i, :len(ranked)] = ranked
+    return order
 
 
 def read_h5ad(path, args, source):
-    """What stage 03 takes of an AnnData file: X (cells, G) CSR float32 and the gene symbols and gene ids (G,) of what is kept;
-    conditions (P,), each kept cell's, {condition: targets}; the file's own rankings; and which targets it measures, kept or not."""
+    """What stage 03 takes of an AnnData file: X (cells, G) CSR float32 of the cells and genes kept, their gene symbols (G,), the
+    conditions (P,), each cell's condition (cells,), {condition: targets}, and the file's own rankings (P, 20) or None."""
     with damage_in(source):
         file = h5py.File(path, "r")
     with file:
@@ -595,20 +617,22 @@ def read_h5ad(path, args, source):
         targets = {gene for of in targets_of.values() for gene in of}
         is_target = np.array([gene in targets for gene in genes])
         X, chosen = read_cells(lambda: read_blocks(file, source, shape), kept, is_target, args, source)
-        rankings = None if args.normalize or args.target_regex else read_rankings(file, source, conditions, labels[label_of_cell], args.control)
-    return X, genes[chosen], gene_ids[chosen], conditions, cell_condition[kept], targets_of, rankings
+        rankings = None
+        if not (args.normalize or args.target_regex or (label_of_cell < 0).any()):
+            rankings = read_rankings(file, source, conditions, labels[label_of_cell], gene_ids[chosen], args.control)
+    return X, genes[chosen], conditions, cell_condition[kept], targets_of, rankings
 
 
-def report_ensembl_ids(genes, gene_key, var, source, vocab):
-    """Say so if the genes are named by Ensembl ids; end the run unless the vocabulary is the dataset's own genes."""
+def report_ensembl_ids(genes, gene_key, var, path, vocab):
+    """Say so if genes go by Ensembl ids; end the run for it unless the vocabulary is the dataset's own genes."""
     n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
     if n_ids > len(genes) / 2:
-        others = [key for key in sorted(var) if not key.startswith("_") and key != gene_key]
-        message = (f"{source}: the genes in var/{gene_key} are Ensembl ids ({genes[0]}, ...), not symbols, which vocabulary, texts and targets go by: "
-                   f"name the var column with symbols with --gene-key (there are {shown(others, 20) or 'no other columns'})")
+        columns = [key for key in columns_of(var, path) if key != gene_key]
+        message = (f"{path}: var/{shown([gene_key])} holds Ensembl ids ({shown(genes, 1)}), but vocabulary and texts go by gene symbols; name the "
+                   f"column of symbols with --gene-key (there are: {shown(columns, 20) or 'no other columns'})")
         if vocab != "none":
             sys.exit(f"error: {message}")
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {message}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -715,20 +739,18 @@ def main():
     if is_demo:
         X, genes, labels = simulate_demo()
         print("SYNTHETIC cells: a simulated screen, for trying the kit; its numbers say nothing about biology")
-        genes = gene_ids = np.array(genes, dtype=object)
+        genes = np.array(genes, dtype=object)
         conditions, cell_condition, targets_of = choose_conditions(*np.unique(labels, return_inverse=True), genes, args, "the demo")
         X, cell_condition, rankings = X[cell_condition >= 0], cell_condition[cell_condition >= 0], None
     else:
         with as_h5ad(source, folder) as h5ad:
-            X, genes, gene_ids, conditions, cell_condition, targets_of, rankings = read_h5ad(h5ad, args, source)
+            X, genes, conditions, cell_condition, targets_of, rankings = read_h5ad(h5ad, args, source)
     n_cells = np.bincount(cell_condition, minlength=len(conditions))
     ctrl = int(np.flatnonzero(conditions == args.control)[0])
     n_measured = len(genes)
     measured = set(genes)
     all_targets = {gene: None for targets in targets_of.values() for gene in targets}  # ordered, unique
     unmeasured = sorted(gene for gene in all_targets if gene not in measured)
-    if not is_demo:
-        warn_of_targets(unmeasured, all_targets, measured, args)
     genes = np.concatenate([genes, np.array(unmeasured, dtype=object)])
     X.resize(X.shape[0], len(genes))
     column = {gene: i for i, gene in reversed(list(enumerate(genes)))}  # the first of a symbol that stands twice
@@ -757,15 +779,7 @@ def main():
 
     # Differential expression
     mean, variance = moments(X, cell_condition, len(conditions))
-    if rankings is None:
-        de_idx = rank_de(mean, variance, n_cells, ctrl, n_measured)
-    else:
-        row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
-        order = np.full((len(conditions), N_TOP), -1)
-        for i, label in enumerate(conditions):
-            ranked = [row_of[gene_id] for gene_id in rankings.get(label, []) if gene_id in row_of][:N_TOP]
-            order[i, :len(ranked)] = ranked
-        de_idx = top_genes(order, ctrl)
+    de_idx = rank_de(mean, variance, n_cells, ctrl, n_measured) if rankings is None else top_genes(rankings, ctrl)
 
     with shared.write_h5(path, made) as file:
         file.attrs.update({"dataset": args.dataset, "synthetic": is_demo, "control": args.control, "n_tokens": n_tokens, "pad_id": pad_id,
@@ -794,6 +808,7 @@ def main():
         groups = [subgroup.get(label, "") for label in perturbed if split[label] == name]
         print(f"{name}: {len(groups)} conditions" + "".join(f", {groups.count(g)} {g}" for g in sorted(set(groups)) if g))
     print(f"top {N_TOP} differentially expressed genes: " + ("computed (t-test against control)" if rankings is None else "the file's own rankings"))
+    warn_of_targets(unmeasured, all_targets, measured, args)
     print(f"wrote {path}\nnext: python 04_train.py" + ("" if is_demo else f" --dataset {args.dataset}"))
 
 
