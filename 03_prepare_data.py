@@ -41,14 +41,15 @@ VOCAB_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgp
 N_TOP = 20  # differentially expressed genes that the metrics look at
 BLOCK = 2**23  # values of X in memory at a time while it is read: 64 MB as float32 and int32, several times that at work
 LARGEST_LOG = 50  # no logarithm of an expression comes near
+LONGEST_NAME = 10_000  # characters; no gene's name or condition's label comes near
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conditions and the split
 
 def shown(names, most=8):
-    """The first names of a list, for a message: in one line, whatever characters they are made of."""
-    return ", ".join(repr(str(name))[1:-1] for name in names[:most]) + (", ..." if len(names) > most else "")
+    """The first names of a list, for a message: in one line and not too long, whatever characters they are made of."""
+    return ", ".join(repr(str(name)[:100])[1:-1] for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def parse_condition(label, control="ctrl", separator="+", genes=(), target_regex=None, source="labels"):
@@ -232,7 +233,7 @@ def top_genes(order, ctrl):
 
 
 def cell_totals(X):
-    """Sum of each cell: CSR (cells, G) -> float64 (cells,)."""
+    """Sum of each cell: CSR or CSC (cells, G) -> float64 (cells,)."""
     return np.asarray(X.sum(axis=1, dtype=np.float64)).ravel()
 
 
@@ -244,10 +245,11 @@ def scale_to_median(totals, source="X"):
 
 
 def normalized(X, scale=None):
-    """log1p of counts times the factor of their cell (cells,), by default the one to the median total: CSR -> CSR float32."""
+    """log1p of counts times the factor of their cell (cells,), by default the one to the median total: CSR or CSC -> float32."""
     scale = scale_to_median(cell_totals(X)) if scale is None else scale
     X = X.astype(np.float32)
-    X.data = np.log1p(X.data * np.repeat(scale, np.diff(X.indptr))).astype(np.float32)
+    factors = np.repeat(scale, np.diff(X.indptr)) if X.format == "csr" else scale[X.indices]
+    X.data = np.log1p(X.data * factors).astype(np.float32)
     return X
 
 
@@ -386,14 +388,14 @@ def read_array(group, name, path, kinds):
         if not isinstance(array, h5py.Dataset) or array.ndim != 1 or array.nbytes > 2**29:
             sys.exit(f"error: {path}: {where} is missing, no list, or one of over 500 MB; write the file anew with anndata 0.7 or later")
         is_string = h5py.check_string_dtype(array.dtype) is not None
-        if not (is_string if kinds == "text" else False) and array.dtype.kind not in ("iufb" if kinds == "text" else kinds):
+        if kinds == "text" and is_string:
+            values = array.asstr("utf-8")[:]
+        elif array.dtype.kind in ("iufb" if kinds == "text" else kinds):
+            values = array[:].astype(str).astype(object) if kinds == "text" else array[:]
+        else:
             sys.exit(f"error: {path}: {where} holds {array.dtype}, expected {'text' if kinds == 'text' else 'numbers'}")
-        values = array.asstr("utf-8")[:] if is_string else array[:]
-    if kinds != "text":
-        return values
-    values = values.astype(str).astype(object)
-    if any("\0" in value for value in values):
-        sys.exit(f"error: {path}: a text in {where} has a NUL character in it")
+    if is_string and any("\0" in value or len(value) > LONGEST_NAME for value in values):
+        sys.exit(f"error: {path}: {where} has a text with a NUL character or over {LONGEST_NAME:,} characters in it")
     return values
 
 
@@ -420,9 +422,9 @@ def read_column(table, name, path):
     if column is None:
         sys.exit(f"error: {path}: {table.name} has no column {name!r}; it has {shown(columns_of(table, path), 50)}")
     reference = attribute(column, path, "categories")
-    if reference is not None:
+    if isinstance(reference, h5py.Reference):
         with damage_in(path):
-            categories = table.file[reference].name
+            categories = table.file[reference].name or ""
         values, codes = read_array(table.file, categories, path, "text"), read_array(table, name, path, "iu")
     elif isinstance(column, h5py.Group) and find(column, "codes", path):
         values, order = read_plain(column, "categories", path)
@@ -444,8 +446,9 @@ def read_plain(table, name, path):
     else:
         values = read_array(table, name, path, "text")
         mask = np.zeros(len(values), dtype=bool)
-    values, codes = np.unique(values, return_inverse=True)
-    return values, np.where(mask, -1, codes)
+    codes = np.full(len(values), -1)
+    values, codes[~mask] = np.unique(values[~mask], return_inverse=True)
+    return values, codes
 
 
 def open_x(file, path, shape):
@@ -455,7 +458,7 @@ def open_x(file, path, shape):
     is_dense = isinstance(X, h5py.Dataset)
     kind = "dense" if is_dense else attribute(X, path, "encoding-type", "h5sparse_format")
     declared = X.shape if is_dense else attribute(X, path, "shape", "h5sparse_shape")
-    if not isinstance(kind, str) or kind not in ("dense", "csr_matrix", "csc_matrix", "csr", "csc") or np.size(declared) != 2:
+    if not is_dense and str(kind) not in ("csr_matrix", "csc_matrix", "csr", "csc") or np.size(declared) != 2:
         sys.exit(f"error: {path}: X is neither a dense, a CSR nor a CSC matrix (encoding-type {shown([kind])})")
     if tuple(declared) != shape:
         sys.exit(f"error: {path}: X is {shown(declared).replace(', ', ' x ')}, but there are {shape[0]} cells and {shape[1]} genes")
@@ -476,13 +479,13 @@ def open_x(file, path, shape):
 
 
 def read_blocks(file, path, shape):
-    """X of an AnnData file piece by piece: yields (cells, genes, CSR float32), `cells` and `genes` slices that say which part
-    of X (cells, genes) it is. Dense and CSR data comes by cells, CSC by genes. Nothing else of the file (layers, raw) is read."""
+    """X of an AnnData file piece by piece: yields (cells, genes, float32 matrix), `cells` and `genes` slices that say which part
+    of X (cells, genes) it is. Dense and CSR data comes by cells and as CSR, CSC data by genes and as CSC. Nothing else of the
+    file (layers, raw) is read."""
     from scipy import sparse
     from tqdm import tqdm
     by_cells, data, indices, ends = open_x(file, path, shape)
     n_rows, n_columns = shape if by_cells else shape[::-1]
-    everything = slice(None)
     if indices is None:
         step = max(1, BLOCK // n_columns)
         if data.chunks and data.chunks[0] * n_columns <= 4 * BLOCK:  # whole chunks, or each is unpacked again and again
@@ -494,23 +497,19 @@ def read_blocks(file, path, shape):
             last = np.searchsorted(ends, ends[bounds[-1]] + BLOCK, "right") - 1
             bounds.append(max(bounds[-1] + 1, int(last)))
     for start, stop in tqdm(list(zip(bounds, bounds[1:])), desc="reading X", unit=" blocks", leave=False, disable=None):
+        part = slice(start, stop) if indices is None else slice(ends[start], ends[stop])
         with damage_in(path), np.errstate(over="ignore"):  # beyond float32: infinite, which read_cells refuses
-            if indices is None:
-                values = data[start:stop].astype(np.float32)
-            else:
-                values, minor = (d[ends[start]:ends[stop]] for d in (data, indices))
-                values = values.astype(np.float32, copy=False)
-        rows = slice(start, stop)
-        if indices is None:
-            yield rows, everything, sparse.csr_matrix(values)
-            continue
-        if len(minor) and (minor.min() < 0 or minor.max() >= n_columns):
-            sys.exit(f"error: {path}: X is a damaged sparse matrix (an index is beyond its {n_columns} {'genes' if by_cells else 'cells'})")
-        pieces = values, minor.astype(np.int32, copy=False), (ends[start:stop + 1] - ends[start]).astype(np.int32)
-        if by_cells:
-            yield rows, everything, sparse.csr_matrix(pieces, shape=(stop - start, n_columns))
+            values = data[part].astype(np.float32, copy=False)
+            minor = None if indices is None else indices[part]
+        if minor is None:
+            block = sparse.csr_matrix(values)
         else:
-            yield everything, rows, sparse.csc_matrix(pieces, shape=(n_columns, stop - start)).tocsr()
+            if len(minor) and (minor.min() < 0 or minor.max() >= n_columns):
+                sys.exit(f"error: {path}: X is a damaged sparse matrix (an index is beyond its {n_columns:,} {'genes' if by_cells else 'cells'})")
+            pieces = values, minor.astype(np.int32, copy=False), (ends[start:stop + 1] - ends[start]).astype(np.int32)
+            block = (sparse.csr_matrix(pieces, shape=(stop - start, n_columns)) if by_cells else
+                     sparse.csc_matrix(pieces, shape=(n_columns, stop - start)))
+        yield (slice(start, stop), slice(None), block) if by_cells else (slice(None), slice(start, stop), block)
 
 
 def read_cells(blocks, kept, is_target, args, source):
@@ -550,16 +549,19 @@ def read_cells(blocks, kept, is_target, args, source):
     if args.n_genes:
         sums = np.zeros((2, n_genes))  # of the values without logarithm, and of their squares
         for genes, X in kept_blocks():
-            values = np.expm1(X.data).astype(np.float64)
-            sums[:, genes] += [np.bincount(X.indices, weights, X.shape[1]) for weights in (values, values ** 2)]
+            X = np.expm1(X).astype(np.float64)
+            sums[:, genes] += [np.asarray(weights.sum(axis=0)).ravel() for weights in (X, X.power(2))]
         n, mean = kept.sum(), sums[0] / kept.sum()
         variable = most_variable(mean, (sums[1] - n * mean ** 2) / max(n - 1, 1), args.n_genes)
         chosen = variable | is_target
         print(f"--n-genes {args.n_genes}: kept the {variable.sum():,} most variable of {n_genes:,} genes"
               f"{' (no others vary)' if variable.sum() < min(args.n_genes, n_genes) else ''} and {(chosen & ~variable).sum():,} more that are targets")
-    parts = [(genes, X if chosen.all() else X[:, chosen[genes]]) for genes, X in kept_blocks()]
-    stack = sparse.vstack if all(genes == slice(None) for genes, _ in parts) else sparse.hstack
-    return stack([X for _, X in parts], format="csr"), chosen
+    parts = [X if chosen.all() else X[:, chosen[genes]] for genes, X in kept_blocks()]
+    if parts[0].format == "csr":
+        return sparse.vstack(parts, format="csr"), chosen
+    X = sparse.hstack(parts, format="csc")
+    del parts  # before X is there a second time
+    return X.tocsr(), chosen
 
 
 def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
