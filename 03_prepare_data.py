@@ -18,6 +18,7 @@ import lzma
 import math
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import zipfile
@@ -341,8 +342,8 @@ def unpack(path, target):
             print(f"unpacking {shown([members[0].filename])} ({size / 1e6:,.0f} MB)")
             with archive.open(members[0]) as source, open(target, "wb") as file:
                 shutil.copyfileobj(source, file, 2**22)
-    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {path}: broken zip ({error}); get it again from its source")
+    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"error: {path}: cannot be unpacked ({error}); if the disk is not full, get it again from its source")
     return target
 
 
@@ -353,6 +354,28 @@ def damage_in(path):
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         sys.exit(f"error: {path}: not a whole HDF5 file, or a damaged one ({' '.join(str(error).split())}); get it again from its source")
+
+
+def check_texts(path, source):
+    """End the run where HDF5 would read texts forever: at an entry without length in the heaps ("GCOL" in HDF5's file format)
+    that they lie in. Zeros in the place of a part of the file, as a broken copy has them, are enough for that."""
+    heaps, text, position = [], b"", 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            text = text[-7:] + chunk
+            position += len(chunk)
+            heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
+        for heap in heaps:
+            file.seek(heap + 8)
+            size = int.from_bytes(file.read(8), "little") - 16
+            entries = file.read(max(0, min(size, position - heap)))
+            at = 0
+            while at + 16 <= len(entries):
+                index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
+                step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
+                if not 0 < step <= len(entries) - at:
+                    sys.exit(f"error: {source}: damaged HDF5 file (texts at byte {heap:,}); get it again from its source")
+                at += step
 
 
 def find(group, name, path):
@@ -591,6 +614,7 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
 def read_h5ad(path, args, source):
     """What stage 03 takes of an AnnData file: X (cells, G) CSR float32 of the cells and genes kept, their gene symbols (G,), the
     conditions (P,), each cell's condition (cells,), {condition: targets}, and the file's own rankings (P, 20) or None."""
+    check_texts(path, source)
     with damage_in(source):
         file = h5py.File(path, "r")
     with file:
@@ -600,7 +624,8 @@ def read_h5ad(path, args, source):
                 sys.exit(f"error: {source}: no {key} in it: not an AnnData file")
             if key != "X" and not isinstance(found, h5py.Group):
                 sys.exit(f"error: {source}: {key} is no table of columns; write the file anew with anndata 0.7 or later")
-        index = str(attribute(var, source, "_index") or "index")
+        index = attribute(var, source, "_index")
+        index = index if isinstance(index, str) else "index"
         gene_key = args.gene_key or ("gene_name" if find(var, "gene_name", source) is not None else index)
         if gene_key == "index" and find(var, "index", source) is None:
             gene_key = index
