@@ -57,6 +57,7 @@ BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive"
 DEPEND_ON_SEED = ("random", "data-ceiling")
 CEILING = "data-ceiling"
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
+CELLS_X_GENES = 80_000   # predicted at a time, which bounds the memory
 N_FIGURE_CONTROLS = 300  # as in the paper's Figures 8 and 9
 
 # The paper's own figures, mean over five seeds ± 95% interval: Pearson Δ top 20 and all, MSE top 20 and all (Tables 3, 4, 16, 18)
@@ -617,7 +618,7 @@ def options():
     add("--controls", type=int, metavar="N", help="control cells a condition (default: as many as the condition has cells; "
         f"--predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=int, default=42, metavar="N", help="of the draw of control cells (default: 42)")
-    add("--batch-size", type=int, default=16, metavar="N", help="cells at a time (default: 16)")
+    add("--batch-size", type=int, metavar="N", help=f"cells at a time (default: so that cells x genes is {CELLS_X_GENES:,})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser.parse_args()
 
@@ -636,6 +637,7 @@ def main():
     if not runs:
         sys.exit(f"error: no finished run in {args.root / 'runs' / args.dataset}; run first: python 04_train.py{of_dataset}")
     device = training.choose_device(args.device)
+    args.batch_size = args.batch_size or max(1, CELLS_X_GENES // len(data.genes))
     if args.predict:
         return predict_perturbations(args, data, runs, device, results)
 

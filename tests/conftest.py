@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: threads gain little, and lose much where others work on the machine
 KIT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path.insert(0, str(KIT))

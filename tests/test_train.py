@@ -212,7 +212,7 @@ def test_training_is_a_plain_loop_of_adam_on_the_mean_squared_error_of_measured_
     trained = torch.load(run / "state.pt", weights_only=True)["model"]
     for key, plain in net.state_dict().items():
         if not key.endswith("in_proj_bias"):  # a bias of the keys changes no attention: its gradient is rounding, which Adam scales up
-            torch.testing.assert_close(trained[key], plain, rtol=1e-3, atol=1e-5, msg=key)
+            assert (trained[key] - plain).norm() < 1e-3 * plain.norm(), key
     assert best[1] == min(row["val_mse"] for row in log)
 
 
