@@ -3,12 +3,15 @@
     python 03_prepare_data.py                                   the demo: a simulated Perturb-seq screen, no network
     python 03_prepare_data.py --dataset norman                  GEARS' file, downloaded to data/norman/ (169 MB)
     python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --condition-key perturbation --control NT
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --normalize --n-genes 5000 --min-cells 20      from raw counts
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --separator _ --target-regex '(.+)g[0-9]+'     KLF1g2_MAP2K6g1
     python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --split split.json      {"train": [...], "val": [...], "test": [...]}
     python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --vocab none            for stage 04 --no-pretrained
 
-Reads an AnnData file, or a zip of GEARS' with one in it. A condition is a label such as `ctrl`, `KLF1+ctrl`, `ctrl+KLF1` or
-`KLF1+MAP2K6`. X has to be log-normalized expression; raw counts are normalized with --normalize. A target that the data
-does not measure joins as a gene with expression 0, so that it can be flagged; it never counts in a loss or a metric.
+Reads any AnnData file (X dense, CSR or CSC), or a zip of GEARS' with one in it. A condition is a label such as `ctrl`,
+`KLF1+ctrl`, `ctrl+KLF1` or `KLF1+MAP2K6`. X has to be log-normalized expression; raw counts are normalized with --normalize. A
+target that the data does not measure joins as a gene with expression 0, so that it can be flagged; it never counts in a loss or a
+metric. X is read in blocks: memory holds the chosen genes, not the file.
 """
 import argparse
 import contextlib
@@ -90,8 +93,10 @@ def collapse_guides(labels, targets, control):
     labels_of = {}
     for label, condition in zip(labels, conditions):
         labels_of.setdefault(condition, []).append(label)
-    examples = [f"{' and '.join(of[:3])}{' and more' if len(of) > 3 else ''} to {name}" for name, of in labels_of.items() if len(of) > 1]
-    print(f"--target-regex: {len(labels):,} labels collapsed to {len(labels_of):,}: {shown(examples, 5) or 'no two have the same targets'}")
+    examples = [f"{' and '.join(of[:3])}{' and more' if len(of) > 3 else ''} to {condition}"
+                for condition, of in labels_of.items() if len(of) > 1]
+    print(f"--target-regex: {len(labels):,} labels collapsed to {len(labels_of):,}: "
+          f"{shown(examples, 5) or 'no two have the same targets'}")
     return conditions
 
 
@@ -116,7 +121,8 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
                  f"are {shown(most, 5)})")
     is_kept = n_cells >= args.min_cells
     if not is_kept[row[args.control]]:
-        sys.exit(f"error: {source}: the control {args.control!r} has {n_cells[row[args.control]]:,} cells, fewer than --min-cells {args.min_cells}")
+        sys.exit(f"error: {source}: the control {args.control!r} has {n_cells[row[args.control]]:,} cells, fewer than --min-cells "
+                 f"{args.min_cells}")
     if not n_cells[is_kept].all():
         sys.exit(f"error: {source}: condition {shown(conditions[n_cells == 0], 1)!r} has no cells; leave such out with --min-cells 1")
     if not is_kept.all():
@@ -335,8 +341,8 @@ def unpack(path, target):
                 sys.exit(f"error: {path}: {len(members)} .h5ad files in it, expected one")
             size, packed, free = members[0].file_size, members[0].compress_size, shutil.disk_usage(target.parent).free
             if size > 2**30 and size > 200 * packed:  # GEARS' files: 13 times
-                sys.exit(f"error: {path}: {packed / 1e6:,.1f} MB in it declare to unpack to {size / 1e9:,.1f} GB, which no cells do; unzip it "
-                         "yourself if you trust it")
+                sys.exit(f"error: {path}: {packed / 1e6:,.1f} MB in it declare to unpack to {size / 1e9:,.1f} GB, which no cells do; "
+                         "unzip it yourself if you trust it")
             if size > free:
                 sys.exit(f"error: {path}: unpacks to {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {target.parent.parent}")
             print(f"unpacking {shown([members[0].filename])} ({size / 1e6:,.0f} MB)")
@@ -353,7 +359,8 @@ def damage_in(path):
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        sys.exit(f"error: {path}: not a whole HDF5 file, or a damaged one ({' '.join(str(error).split())}); get it again from its source")
+        sys.exit(f"error: {path}: not a whole HDF5 file, or a damaged one ({' '.join(str(error).split())}); get it again from its "
+                 "source")
 
 
 def check_texts(path, source):
@@ -395,11 +402,11 @@ def find(group, name, path):
             found = found[part]
         if isinstance(found, h5py.Dataset):
             if found.is_virtual or found.external:
-                sys.exit(f"error: {path}: the data of {shown([name])} lies in other files, which are not read; write the file anew as one")
+                sys.exit(f"error: {path}: the data of {shown([name])} lies in other files, which are not read; write it anew as one")
             stored, chunk = found.id.get_storage_size(), math.prod(found.chunks or ()) * found.dtype.itemsize
             if found.nbytes > max(2**26, 1000 * stored) or chunk > 2**29:  # gzip packs zeros 1,000 times, and nothing better
-                sys.exit(f"error: {path}: {shown([name])} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, and the "
-                         f"file stores {stored / 1e6:,.1f} MB of it: damaged, or made to fill the memory")
+                sys.exit(f"error: {path}: {shown([name])} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, "
+                         f"and the file stores {stored / 1e6:,.1f} MB of it: damaged, or made to fill the memory")
         return found
 
 
@@ -412,6 +419,7 @@ def read_array(group, name, path, kinds):
             sys.exit(f"error: {path}: {where} is missing, no list, or one of over 500 MB; write the file anew with anndata 0.7 or later")
         is_string = h5py.check_string_dtype(array.dtype) is not None
         if kinds == "text" and is_string:
+            check_lengths(array, path, where)
             values = array.asstr("utf-8")[:]
         elif array.dtype.kind in ("iufb" if kinds == "text" else kinds):
             values = array[:].astype(str).astype(object) if kinds == "text" else array[:]
@@ -420,6 +428,28 @@ def read_array(group, name, path, kinds):
     if is_string and any("\0" in value or len(value) > LONGEST_NAME for value in values):
         sys.exit(f"error: {path}: {where} has a text with a NUL character or over {LONGEST_NAME:,} characters in it")
     return values
+
+
+def check_lengths(array, path, where):
+    """End the run for a text of absurd length in an HDF5 dataset of texts: the library would allocate up to 4 GB before it sees
+    that there is no such text. Reads the references as they lie in the file: 4 bytes of length, 12 of where the text is.
+    Packed ones (gzip) are left to their checksum."""
+    if array.dtype.kind != "O" or array.compression:
+        return
+    stored = array.id
+    if array.chunks:
+        chunks = [stored.get_chunk_info(i) for i in range(stored.get_num_chunks())]
+        pieces = [(chunk.byte_offset, chunk.size) for chunk in chunks]
+    else:
+        pieces = [(stored.get_offset(), stored.get_storage_size())]
+    with open(array.file.filename, "rb") as file:
+        for offset, size in pieces:
+            if offset is None:  # nothing stored, or within the header
+                continue
+            file.seek(offset)
+            lengths = np.frombuffer(file.read(size // 16 * 16), dtype=[("length", "<u4"), ("place", "V12")])["length"]
+            if lengths.max(initial=0) > 4 * LONGEST_NAME:  # bytes in UTF-8
+                sys.exit(f"error: {path}: {where} has a text over {LONGEST_NAME:,} characters in it, or is damaged")
 
 
 def attribute(item, path, *names):
@@ -528,7 +558,8 @@ def read_blocks(file, path, shape):
             block = sparse.csr_matrix(values)
         else:
             if len(minor) and (minor.min() < 0 or minor.max() >= n_columns):
-                sys.exit(f"error: {path}: X is a damaged sparse matrix (an index is beyond its {n_columns:,} {'genes' if by_cells else 'cells'})")
+                sys.exit(f"error: {path}: X is a damaged sparse matrix (an index is beyond its {n_columns:,} "
+                         f"{'genes' if by_cells else 'cells'})")
             pieces = values, minor.astype(np.int32, copy=False), (ends[start:stop + 1] - ends[start]).astype(np.int32)
             block = (sparse.csr_matrix(pieces, shape=(stop - start, n_columns)) if by_cells else
                      sparse.csc_matrix(pieces, shape=(n_columns, stop - start)))
@@ -544,10 +575,11 @@ def read_cells(blocks, kept, is_target, args, source):
     from scipy import sparse
     n_genes, totals, is_counts, largest = len(is_target), np.zeros(len(kept)), True, 0
     for cells, _, X in blocks():
-        if not np.isfinite(X.data).all():
-            sys.exit(f"error: {source}: X holds NaN, infinite or non-numeric values")
+        if not np.isfinite(X.data).all() or X.data.max(initial=0) > 1e12:
+            sys.exit(f"error: {source}: X holds NaN, infinite or absurdly large values")
         if X.nnz and X.data.min() < 0:
-            sys.exit(f"error: {source}: X holds negative values: scaled data? Expected log-normalized expression, or counts with --normalize")
+            sys.exit(f"error: {source}: X holds negative values: scaled data? Expected log-normalized expression, or counts with "
+                     "--normalize")
         is_counts = is_counts and (X.data == np.round(X.data)).all()
         largest = max(largest, X.data.max(initial=0))
         totals[cells] += cell_totals(X)
@@ -577,8 +609,9 @@ def read_cells(blocks, kept, is_target, args, source):
         n, mean = kept.sum(), sums[0] / kept.sum()
         variable = most_variable(mean, (sums[1] - n * mean ** 2) / max(n - 1, 1), args.n_genes)
         chosen = variable | is_target
-        print(f"--n-genes {args.n_genes}: kept the {variable.sum():,} most variable of {n_genes:,} genes"
-              f"{' (no others vary)' if variable.sum() < min(args.n_genes, n_genes) else ''} and {(chosen & ~variable).sum():,} more that are targets")
+        no_more = " (no others vary)" if variable.sum() < min(args.n_genes, n_genes) else ""
+        print(f"--n-genes {args.n_genes}: kept the {variable.sum():,} most variable of {n_genes:,} genes{no_more} and "
+              f"{(chosen & ~variable).sum():,} more that are targets")
     parts = [X if chosen.all() else X[:, chosen[genes]] for genes, X in kept_blocks()]
     if parts[0].format == "csr":
         return sparse.vstack(parts, format="csr"), chosen
@@ -604,7 +637,8 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
             continue
         if find(file, f"{where}/{name_of[label]}", path) is None:
             return None
-        ranked = [row_of[gene_id] for gene_id in read_array(file, f"{where}/{name_of[label]}", path, "text") if gene_id in row_of][:N_TOP]
+        ranking = read_array(file, f"{where}/{name_of[label]}", path, "text")
+        ranked = [row_of[gene_id] for gene_id in ranking if gene_id in row_of][:N_TOP]
         if len(ranked) < min(N_TOP, len(gene_ids)):
             return None
         order[i, :len(ranked)] = ranked
@@ -655,8 +689,8 @@ def report_ensembl_ids(genes, gene_key, var, path, vocab):
     n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
     if n_ids > len(genes) / 2:
         columns = [key for key in columns_of(var, path) if key != gene_key]
-        message = (f"{path}: var/{shown([gene_key])} holds Ensembl ids ({shown(genes, 1)}), but vocabulary and texts go by gene symbols; name the "
-                   f"column of symbols with --gene-key (there are: {shown(columns, 20) or 'no other columns'})")
+        message = (f"{path}: var/{shown([gene_key])} holds Ensembl ids ({shown(genes, 1)}), but vocabulary and texts go by gene "
+                   f"symbols; name the column of symbols with --gene-key (there are: {shown(columns, 20) or 'no other columns'})")
         if vocab != "none":
             sys.exit(f"error: {message}")
         print(f"warning: {message}")
@@ -705,13 +739,15 @@ def options():
     parser.add_argument("--h5ad", type=Path, metavar="FILE", help="an AnnData file, or a zip with one in it")
     parser.add_argument("--condition-key", default="condition", metavar="COLUMN", help="obs column with the conditions (default: condition)")
     parser.add_argument("--control", default="ctrl", metavar="LABEL", help="label of unperturbed cells (default: ctrl)")
-    parser.add_argument("--separator", default="+", metavar="TEXT", help="what stands between the targets of a label, as _ in KLF1_MAP2K6 (default: +)")
-    parser.add_argument("--target-regex", metavar="REGEX", help="collapses guides: where it matches the whole of a guide's name, its first group is "
-                        "the target, as '(.+)_g[0-9]+' for KLF1_g2")
+    parser.add_argument("--separator", default="+", metavar="TEXT",
+                        help="what stands between the targets of a label, as _ in KLF1_MAP2K6 (default: +)")
+    parser.add_argument("--target-regex", metavar="REGEX", help="collapses guides: where it matches the whole of a guide's name, its "
+                        "first group is the target, as '(.+)_g[0-9]+' for KLF1_g2")
     parser.add_argument("--min-cells", type=int, default=0, metavar="N", help="leave out conditions of fewer cells (default: 0)")
     parser.add_argument("--gene-key", metavar="COLUMN", help="var column with gene symbols, or index (default: gene_name, else the index)")
     parser.add_argument("--normalize", action="store_true", help="X holds raw counts: scale to the median total, then log1p")
-    parser.add_argument("--n-genes", type=int, metavar="N", help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
+    parser.add_argument("--n-genes", type=int, metavar="N",
+                        help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
     parser.add_argument("--split", default="simulation", metavar="simulation|FILE.json",
                         help='the paper\'s split, or a file {"train": [label, ...], "val": [...], "test": [...]} (default: simulation)')
     parser.add_argument("--split-seed", type=int, default=1, metavar="N", help="seed of the simulation split (default: 1, the paper's)")
@@ -757,7 +793,8 @@ def main():
     inputs = [p for p in (source, vocab_path, None if args.split == "simulation" else Path(args.split)) if p]
     made = shared.made_from({"condition_key": args.condition_key, "control": args.control, "gene_key": args.gene_key,
                              "separator": args.separator, "target_regex": args.target_regex, "min_cells": args.min_cells,
-                             "normalize": args.normalize, "n_genes": args.n_genes, "split": "simulation" if args.split == "simulation" else "file",
+                             "normalize": args.normalize, "n_genes": args.n_genes,
+                             "split": "simulation" if args.split == "simulation" else "file",
                              "split_seed": args.split_seed, "vocab": "file" if vocab else "none"}, inputs)
     if shared.is_current(path, made, args.force):
         return

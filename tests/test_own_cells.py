@@ -1,7 +1,6 @@
-"""03_prepare_data.py on a lab's own files: every layout of AnnData, counts, guides, separators, variable genes; and files that are
-broken or made to do harm."""
+"""03_prepare_data.py on a lab's own files: every layout of AnnData, counts, guides, separators, variable genes; and on files
+that are broken or made to do harm."""
 import json
-import os
 import random
 import tracemalloc
 import zipfile
@@ -167,7 +166,8 @@ def test_memory_holds_what_is_kept_not_the_file(prepare, tmp_path, monkeypatch, 
     args = SimpleNamespace(normalize=True, n_genes=30)
     with h5py.File(path) as file:
         tracemalloc.start()
-        X, chosen = prepare.read_cells(lambda: prepare.read_blocks(file, path, dense.shape), np.ones(len(labels), bool), np.zeros(1500, bool), args, path)
+        X, chosen = prepare.read_cells(lambda: prepare.read_blocks(file, path, dense.shape), np.ones(len(labels), dtype=bool),
+                                       np.zeros(1500, dtype=bool), args, path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert chosen.sum() == 30 and peak < 4e6
@@ -251,7 +251,8 @@ def test_labels_stay_as_in_the_source_unless_guides_are_collapsed(tmp_path):
     assert "22 labels collapsed to 12: GENE0+ctrl and GENE0_g1 to GENE0+ctrl" in done.stdout
 
 
-@pytest.mark.parametrize("label, options, advice", [("GENE0_GENE1", [], "--separator"), ("GENE1-sg2", ["--target-regex", "(.+)_g[0-9]+"], "--target-regex")])
+@pytest.mark.parametrize("label, options, advice", [("GENE0_GENE1", [], "--separator"),
+                                                    ("GENE1-sg2", ["--target-regex", "(.+)_g[0-9]+"], "--target-regex")])
 def test_targets_that_look_like_pairs_or_guides_are_pointed_out(tmp_path, label, options, advice):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + [label] * 5, GENES)
     done, _ = run(tmp_path, path, *options)
@@ -274,7 +275,7 @@ def test_odd_characters_in_genes_and_labels_change_nothing(tmp_path):
     done, data = run(tmp_path, path, "--min-cells", 2)
     assert data.conditions[data.cell_condition].tolist() == labels and data.genes[:len(odd)].tolist() == odd
     assert [p.name for p in (tmp_path / "data").rglob("*")] == ["mine", "dataset.h5"]
-    assert "line\\nbreak" in error(tmp_path, path, "--control", "none such") or "are ctrl" in error(tmp_path, path, "--control", "none such")
+    assert "most cells are ctrl, " in error(tmp_path, path, "--control", "none such")
 
 
 # --- expression
@@ -354,16 +355,14 @@ def test_genes_that_never_vary_leave_no_most_variable_ones(prepare):
 @pytest.mark.parametrize("option", [["--n-genes", 12], ["--min-cells", 6], ["--separator", "|"], ["--target-regex", "(GENE0)"]])
 def test_an_option_that_changes_makes_the_output_stale(tmp_path, option):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + ["GENE5+ctrl"] * 5, GENES)
-    split = tmp_path / "split.json"  # one that suits the conditions left with every option
-    labels = [f"GENE{i}+ctrl" for i in range(10)]
-    split.write_text(json.dumps({"train": labels[:7], "val": labels[7:8], "test": labels[8:]}))
     run(tmp_path, path)
     done = run_script("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", *option, root=tmp_path, check=False)
     assert "stale, made again" in done.stdout and option[0][2:].replace("-", "_") in done.stdout
 
 
 @pytest.mark.parametrize("option, message", [(["--separator", ""], "--separator"), (["--target-regex", "(("], "not a regular expression"),
-                                             (["--target-regex", "x_g1"], "in parentheses"), (["--n-genes", 0], "--n-genes"), (["--min-cells", -1], "--min-cells")])
+                                             (["--target-regex", "x_g1"], "in parentheses"), (["--n-genes", 0], "--n-genes"),
+                                             (["--min-cells", -1], "--min-cells")])
 def test_an_impossible_option_is_an_error_that_names_it(tmp_path, option, message):
     assert message in error(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES), *option)
 
@@ -402,7 +401,7 @@ HARM = {
     "external link within X": (lambda f: link(f, "X/data", h5py.ExternalLink(OTHER, "/X/data")), "is a link"),
     "soft link": (lambda f: link(f, "var", h5py.SoftLink("/obs")), "is a link"),
     "soft link in a circle": (lambda f: link(f, "X/indices", h5py.SoftLink("/X/indices")), "is a link"),
-    "data in another file": (lambda f: replace(f, "X/data", shape=(100,), dtype="f4", external=[("/etc/passwd", 0, 400)]), "in other files"),
+    "data in another file": (lambda f: replace(f, "X/data", shape=(100,), dtype="f4", external=[(OTHER, 0, 400)]), "in other files"),
     "virtual data": (lambda f: virtual(f, "X/indptr", OTHER), "in other files"),
     "terabytes of values": (lambda f: replace(f, "X/data", shape=(10**13,), dtype="f4", chunks=(10**6,)), "declares"),
     "terabytes of rows": (lambda f: replace(f, "X/indptr", shape=(10**13,), dtype="i8", chunks=(10**6,)), "declares"),
@@ -464,6 +463,20 @@ def test_zeros_among_the_texts_of_a_file_do_not_hang_the_run(tmp_path):
         assert "damaged HDF5 file" in error(tmp_path, path)
 
 
+@pytest.mark.parametrize("chunks", [None, (10,)])
+def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, chunks):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    with h5py.File(path, "a") as file:
+        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype(), chunks=chunks)
+        index = file["var/_index"].id
+        start = index.get_chunk_info(0).byte_offset if chunks else index.get_offset()
+    content = bytearray(path.read_bytes())
+    assert content[start:start + 4] == len("GENE0").to_bytes(4, "little")
+    content[start + 3] = 255
+    path.write_bytes(content)
+    assert "has a text over 10,000 characters in it, or is damaged" in error(tmp_path, path)
+
+
 def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
     content = path.read_bytes()
@@ -488,7 +501,8 @@ def test_a_zip_that_declares_an_absurd_expansion_is_not_unpacked(tmp_path):
         assert message in error(tmp_path, path)
 
 
-@pytest.mark.parametrize("names, message", [([], "0 .h5ad files"), (["a.h5ad", "b.h5ad"], "2 .h5ad files"), (["../../evil.h5ad"], "not a whole HDF5")])
+@pytest.mark.parametrize("names, message", [([], "0 .h5ad files"), (["a.h5ad", "b.h5ad"], "2 .h5ad files"),
+                                            (["../../evil.h5ad"], "not a whole HDF5")])
 def test_a_zip_needs_one_file_of_cells_and_no_name_in_it_becomes_a_path(tmp_path, names, message):
     (tmp_path / "root").mkdir()
     assert message in error(tmp_path / "root", zipped(tmp_path / "cells.zip", *names))
@@ -512,14 +526,16 @@ def structure_damage(file, rng):
             del file[name]
             file[name] = value  # a hard link
     elif kind == 2:
-        values = [np.zeros(3), np.array([b"text"] * 75), np.arange(76), np.zeros((75, 30), "i1"), -1, np.array([np.nan] * 30), h5py.Empty("f4")]
+        values = [np.zeros(3), np.array([b"text"] * 75), np.arange(76), np.zeros((75, 30), "i1"), -1, np.array([np.nan] * 30),
+                  h5py.Empty("f4")]
         del file[name]
         file[name] = rng.choice(values)
     elif kind == 3:
-        file[name].attrs[rng.choice(["encoding-type", "shape", "_index", "categories"])] = rng.choice([0, "x", [1, 2], b"\xff", [75, 30], "csc_matrix"])
+        attribute = rng.choice(["encoding-type", "shape", "_index", "categories"])
+        file[name].attrs[attribute] = rng.choice([0, "x", [1, 2], b"\xff", [75, 30], "csc_matrix"])
     elif kind == 4 and isinstance(file[name], h5py.Dataset) and file[name].size:
         values = file[name][...]
-        values.flat[rng.randrange(values.size)] = rng.choice([0, -1, 1, 200]) if values.dtype.kind in "iuf" else b""
+        values.flat[rng.randrange(values.size)] = rng.choice([0, -1, 1, 100]) if values.dtype.kind in "iufb" else b""
         file[name][...] = values
     elif isinstance(file[name], h5py.Dataset) and file[name].ndim:
         values = file[name][:rng.randrange(len(file[name]) + 1)]
