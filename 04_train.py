@@ -33,6 +33,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else, where others work on the machine too, a small step takes many times as long
 shared = importlib.import_module("01_fetch_annotations")
 
 PRETRAINED_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/"

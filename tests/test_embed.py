@@ -473,7 +473,7 @@ class Api:
                 api.keys.append(self.headers["Authorization"])
                 time.sleep(api.delay)
                 fault = api.faults.pop(0) if api.faults else None
-                status, headers, dim = 200, {}, 16
+                status, headers = 200, {}
                 vectors = [true_vector(text) for text in body["input"]]
                 if fault == "drop":
                     self.connection.close()
