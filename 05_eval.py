@@ -410,7 +410,7 @@ def save_figure(figure, path):
 def draw_bars(path, summary, models, subgroups, title):
     """Bars with 95% intervals: Pearson delta and mean squared error on the top 20 genes, by subgroup (the paper's Figures 10
     and 14 to 16)."""
-    figure = new_figure(max(6.5, 1.2 + 0.22 * len(models) * len(subgroups)), 7.5, title)
+    figure = new_figure(min(max(6.5, 1.2 + 0.22 * len(models) * len(subgroups)), 30), 7.5, title)
     for axes, metric, label in zip(figure.subplots(2, 1), ("pearson_delta_top20", "mse_top20"),
                                    ("Pearson Δ, top 20 DE genes", "MSE, top 20 DE genes\n(squared log-normalized expression)")):
         for i, model in enumerate(models):
