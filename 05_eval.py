@@ -481,8 +481,12 @@ def add_language(net, run, data, new, embeddings):
         return
     tokens, vectors = data.token_ids[-len(new):], {}
     lacking = net.language_rows[tokens] < 0
+    if not lacking.any():  # a released model has a row for the whole vocabulary
+        return
     for source in net.config.languages:
-        with shared.open_h5(embeddings / str(run.embeddings.get(source)), "02_embed.py", ("genes", "vectors")) as file:
+        if source not in run.embeddings:
+            sys.exit(f"error: --predict: {run.path} has no language vector for {', '.join(np.array(new)[lacking.numpy()])}; name its run, not its file")
+        with shared.open_h5(embeddings / run.embeddings[source], "02_embed.py", ("genes", "vectors")) as file:
             row_of = {gene: row for row, gene in enumerate(file["genes"].asstr()[:])}
             missing = [gene for gene, lacks in zip(new, lacking) if lacks and gene not in row_of]
             if missing:

@@ -335,6 +335,17 @@ def test_a_target_that_the_dataset_lacks_joins_with_its_token_and_its_language_v
     assert np.isfinite(model.predict(net, data.token_ids, data.X.toarray(), [0, 2])).all()
 
 
+def test_a_model_file_needs_no_embeddings_for_genes_that_it_has_and_names_those_that_it_lacks(evaluation):
+    data, run = SimpleNamespace(token_ids=np.array([0, 1, 2])), SimpleNamespace(name="released", path="released.pt", embeddings={})
+    net = model.ScGenePT(model.Config(n_tokens=4, pad_id=3, d_model=8, n_heads=2, d_hid=8, n_layers=1, languages={"s": 5}, n_language_rows=4))
+    net.language_rows.copy_(torch.arange(4))
+    evaluation.add_language(net, run, data, ["NEW"], None)
+    assert net.config.n_language_rows == 4
+    net.language_rows[2] = -1
+    with pytest.raises(SystemExit, match="released.pt has no language vector for NEW"):
+        evaluation.add_language(net, run, data, ["NEW"], None)
+
+
 # --- tables
 
 def test_the_summary_is_mean_and_students_interval_over_the_seeds_means(results):
