@@ -441,7 +441,7 @@ def options():
     add("--no-pretrained", action="store_true", help="start from random weights, with the sizes that follow")
     for name, value in SCRATCH_SIZES.items():
         add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {value}; pretrained: as in args.json")
-    add("--compile", action="store_true", help="compile the network with torch.compile: minutes at first, pays on long runs on a GPU")
+    add("--compile", action="store_true", help="compile the network with torch.compile: costs minutes at first, meant for long runs on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser.parse_args()
 
