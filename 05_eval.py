@@ -3,7 +3,8 @@
     python 05_eval.py                                              the demo: every finished run beside the baselines
     python 05_eval.py --dataset norman                             as many control cells as each condition has cells
     python 05_eval.py --dataset norman --controls 50               quicker, for a machine without a GPU
-    python 05_eval.py --dataset norman --run scgpt released=best_model_seed_42.pt      chosen runs, a released model
+    python 05_eval.py --dataset norman --run scgpt released:scgenept_go_c mine=model.pt       chosen runs, the authors' own
+                                                                   fine-tuned model (fetched), a file
     python 05_eval.py --dataset norman --external GEARS=gears.h5ad                     another method's predictions
     python 05_eval.py --dataset norman --predict POU3F2 CEBPE+KLF1                     what these perturbations do
 
@@ -32,6 +33,7 @@ import re
 import shlex
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,7 @@ import metrics
 shared = importlib.import_module("01_fetch_annotations")
 training = importlib.import_module("04_train")
 
+BUCKET, FINETUNED = "https://czi-scgenept-public.s3.amazonaws.com/", "models/finetuned/"  # <variant>/<dataset>/<file>.pt
 METRICS = {  # key: (heading, whether higher is better)
     "pearson_delta_top20": ("Pearson Δ top 20", True),
     "pearson_delta_all": ("Pearson Δ all", True),
@@ -104,22 +107,40 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0
 # ---------------------------------------------------------------------------------------------------------------------
 # Predictions
 
+def fetch_released(variant, dataset, folder):
+    """The files of a variant that the authors fine-tuned on a dataset, downloaded to `folder`. Their names follow no rule: the
+    bucket is asked for the list."""
+    found = shared.request(BUCKET, folder, lambda response: re.findall(
+        rf"<Key>{FINETUNED}([\w+-]+)/([\w-]+)/([\w.+-]+\.pt)</Key>", response.raw.read(2**20).decode("utf-8", "replace")),
+        params={"list-type": 2, "prefix": FINETUNED})
+    files = [file for of_variant, of_dataset, file in found if (of_variant, of_dataset) == (variant, dataset)]
+    if not files:
+        there = ", ".join(sorted({f"{of_variant} ({of_dataset})" for of_variant, of_dataset, _ in found}))
+        sys.exit(f"error: --run released:{variant}: {shared.mirrored(BUCKET)} lists no such model of {dataset}; there are: {there or 'none'}")
+    return [shared.download(BUCKET + urllib.parse.quote(f"{FINETUNED}{variant}/{dataset}/{file}"), folder / variant / dataset / file) for file in files]
+
+
+def find_files(items, dataset, folder):
+    """Models given as FILE.pt, NAME=FILE.pt or released:VARIANT (fetched to `folder`): namespaces as find_runs gives."""
+    models = []
+    for item in items:
+        kind, _, variant = item.partition(":")
+        name, _, file = (f"{variant}-released", "", "") if kind == "released" else item.rpartition("=")
+        for path in fetch_released(variant, dataset, folder) if kind == "released" else [Path(file)]:
+            if not path.exists():
+                sys.exit(f"error: --run {item}: {path} does not exist")
+            seed = re.search(r"seed_?(\d+)", path.name)
+            models.append(SimpleNamespace(name=shared.check_name(name or path.stem.replace(".", "_"), "--run"), seed=int(seed[1]) if seed else 0,
+                                          path=path, embeddings={}, facts=("–", "–", "–")))
+    return models
+
+
 def find_runs(folder, wanted, dataset_path, of_dataset):
-    """Models to evaluate as a list of namespaces (name, seed, path, embeddings, facts): finished runs in order of name and
-    seed, and files given as FILE.pt or NAME=FILE.pt. Runs that cannot be compared (not finished, other data) are named and
-    left out."""
-    runs, names, files = [], set(), []
+    """Finished runs as namespaces (name, seed, path, embeddings, facts), in order of name and seed; all of them, or those of the
+    names `wanted`. Runs that cannot be compared (not finished, other data) are named and left out."""
+    runs, names = [], set()
     made_by = f"python 04_train.py{of_dataset}"
     fingerprint = shared.fingerprint(dataset_path)
-    for item in wanted or ():
-        name, _, file = item.rpartition("=") if item.endswith(".pt") else (item, "", "")
-        if file and not Path(file).exists():
-            sys.exit(f"error: --run {item}: {file} does not exist")
-        if file:
-            seed = re.search(r"seed_?(\d+)", Path(file).name)
-            files.append(SimpleNamespace(name=shared.check_name(name or Path(file).stem.replace(".", "_"), "--run"),
-                                         seed=int(seed[1]) if seed else 0, path=Path(file), embeddings={}, facts=("–", "–", "–")))
-    wanted_names = None if wanted is None else [item for item in wanted if not item.endswith(".pt")]
     for path in sorted(folder.glob("*/seed*/config.json")):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -129,7 +150,7 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
         except (ValueError, KeyError, TypeError, AttributeError):
             sys.exit(f"error: {path}: not a run's config.json; train again: {made_by} --force")
         names.add(name)
-        if wanted_names is not None and name not in wanted_names:
+        if wanted is not None and name not in wanted:
             continue
         if not config.get("finished"):
             print(f"left out: {path.parent} is not finished; {made_by} --variant {name} --seed {seed} goes on with it")
@@ -137,10 +158,10 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
             print(f"left out: {path.parent} was trained on another {dataset_path}; train again with --force")
         else:
             runs.append(run)
-    for name in wanted_names or ():
+    for name in wanted or ():
         if name not in names:
             sys.exit(f"error: --run {name}: not found in {folder}; there are: {', '.join(sorted(names)) or 'none'}")
-    return sorted(runs, key=lambda run: (not run.name.startswith("scgpt"), run.name, run.seed)) + files
+    return sorted(runs, key=lambda run: (not run.name.startswith("scgpt"), run.name, run.seed))
 
 
 def load_model(path, data):
@@ -612,8 +633,8 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
 def options():
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
     add = parser.add_argument
-    add("--run", nargs="+", metavar="NAME", help="runs to evaluate by the name of their folder, or model files as FILE.pt or "
-        "NAME=FILE.pt, own or released (default: all runs found)")
+    add("--run", nargs="+", metavar="NAME", help="runs to evaluate by the name of their folder; model files, own or the "
+        "authors', as FILE.pt or NAME=FILE.pt; released:VARIANT fetches what the authors fine-tuned on norman or adamson (default: all runs found)")
     add("--external", nargs="+", default=[], metavar="NAME=FILE.h5ad", help="predictions of another method: obs column condition, "
         "X predicted expression per cell or per condition")
     add("--predict", nargs="+", metavar="GENE", help="only predict these perturbations, measured or not: GENE, GENE+GENE, a text file "
@@ -637,7 +658,9 @@ def main():
     dataset_path = args.root / "data" / args.dataset / "dataset.h5"
     results = args.root / "results" / args.dataset
     data = training.load_dataset(dataset_path, f"03_prepare_data.py{of_dataset}")
-    runs = find_runs(args.root / "runs" / args.dataset, args.run, dataset_path, of_dataset)
+    files = [item for item in args.run or () if item.endswith(".pt") or item.startswith("released:")]
+    runs = find_runs(args.root / "runs" / args.dataset, args.run and [item for item in args.run if item not in files], dataset_path, of_dataset)
+    runs += find_files(files, args.dataset, args.root / "data" / "human" / "raw" / "finetuned")
     if not runs:
         sys.exit(f"error: no finished run in {args.root / 'runs' / args.dataset}; run first: python 04_train.py{of_dataset}")
     device = training.choose_device(args.device)
@@ -654,6 +677,11 @@ def main():
     ctrl, true = data.mean[data.split == "ctrl"][0][genes], data.mean[tested][:, genes]
     perturbed_mean = data.mean[data.split == "train"].mean(0, dtype=np.float64)[genes]
     external = [read_external(item, data, tested) for item in args.external]
+    others = [*BASELINES, CEILING, *(name for name, _ in external)]
+    called = [f"{run.name}, seed {run.seed}" for run in runs] + others
+    clash = [name for name in called if called.count(name) > 1] + [run.name for run in runs if run.name in others]
+    if clash:
+        sys.exit(f"error: two models are called {clash[0]}; name one otherwise: --run NAME=FILE.pt, --external NAME=FILE.h5ad")
     print(f"{len(tested)} test conditions, {len(genes):,} genes, {sum(map(len, controls)):,} control cells to predict from; device: {device}")
 
     # Mean profiles of every model and baseline: (name, seed or "", predicted (P, G), true (P, G))

@@ -210,6 +210,20 @@ def test_a_model_of_another_vocabulary_is_refused(results, tmp_path):
     assert "other.pt: has a vocabulary of 50 genes, the dataset one of 129" in error
 
 
+@pytest.mark.parametrize("options", [["--run", "random={0}"], ["--run", "x={0}", "x={0}"], ["--external", "scgpt={1}"]])
+def test_two_models_of_one_name_are_an_error(results, tmp_path, options):
+    data = results.data
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["X"] = data.mean
+        for table, column, values in (("obs", "condition", data.conditions), ("var", "gene_name", data.genes)):
+            file.create_group(table).attrs["_index"] = column
+            file[table].create_dataset(column, data=values, dtype=h5py.string_dtype())
+    (tmp_path / "data").symlink_to(results.root / "data")
+    (tmp_path / "runs").symlink_to(results.root / "runs")
+    own = results.root / "runs/demo/scgpt/seed42/model.pt"
+    assert "two models are called" in error_of("05_eval.py", *(word.format(own, tmp_path / "other.h5ad") for word in options), root=tmp_path)
+
+
 @pytest.mark.parametrize("per_cell", [True, False])
 def test_another_methods_predictions_get_the_same_rows(results, tmp_path, per_cell):
     data = results.data
