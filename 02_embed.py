@@ -546,7 +546,7 @@ def project(vectors):
     """Two coordinates (n, 2) for n vectors, and the axes' names: UMAP where umap-learn is installed, else PCA."""
     try:
         import umap
-        return umap.UMAP(metric="cosine", random_state=0).fit_transform(vectors), ["UMAP 1", "UMAP 2"]
+        return umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors), ["UMAP 1", "UMAP 2"]
     except ImportError:
         centred = vectors - vectors.mean(axis=0)
         directions, s = leading_directions(centred, 2)
