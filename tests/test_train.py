@@ -282,14 +282,21 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(root):
     assert not torch.equal(first["decoder.fc.0.weight"], other["decoder.fc.0.weight"])
 
 
-def test_every_family_of_variants_trains(root):
-    names = ["scgpt-counts", "scgpt-tokens", "scgenept_ncbi+uniprot+go_f", "genept_go_p", "genept_go_p-scratch", "scgenept_ncbi-shuffled"]
-    train(root, "--variant", *names, "--epochs", 1, "--batch-size", 512)
-    for name in names:
-        net = model.load(root / "runs/demo" / name / "seed42/model.pt")
-        assert net.config.has_tokens == (name not in ("scgpt-tokens", "genept_go_p", "genept_go_p-scratch"))
-        assert net.config.has_counts == (name not in ("scgpt-counts", "genept_go_p", "genept_go_p-scratch"))
-    assert set(model.load(root / "runs/demo/scgenept_ncbi+uniprot+go_f/seed42/model.pt").config.languages) == {"ncbi+uniprot", "go_f"}
+SIX = ["ncbi", "ncbi+uniprot", "go_f", "go_c", "go_p", "go_all"]
+WITH_TEXTS = [f"scgenept_{source}" for source in [*SIX, *(f"ncbi+uniprot+{go}" for go in SIX[2:])]] + [
+    f"genept_{source}{attention}" for source in SIX for attention in ("", "-scratch")]
+EVERY = ["scgpt", "scgpt-counts", "scgpt-tokens", *WITH_TEXTS, *(f"{name}-shuffled" for name in WITH_TEXTS)]
+
+
+def test_every_variant_of_the_paper_and_its_shuffled_control_trains(root):
+    done = train(root, "--variant", *EVERY, "--epochs", 1, "--batch-size", 512, "--genes-per-batch", 16, run=run_process)
+    assert len(set(EVERY)) == 47 and done.stdout.count("best epoch 1") == 47
+    for name in EVERY:
+        config = model.load(root / "runs/demo" / name / "seed42/model.pt").config
+        is_genept = name.startswith("genept")
+        assert (config.has_tokens, config.has_counts) == (not is_genept and name != "scgpt-tokens", not is_genept and name != "scgpt-counts")
+        sources = name.removesuffix("-shuffled").removesuffix("-scratch").partition("_")[2]
+        assert list(config.languages) == ([] if not sources else [sources] if sources in SIX else ["ncbi+uniprot", sources.removeprefix("ncbi+uniprot+")])
 
 
 @pytest.mark.parametrize("way", ["linear", "normalized", "batchnorm", "dropout0", "weights", "two-encoders"])
