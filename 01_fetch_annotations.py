@@ -687,7 +687,7 @@ def read_fresh(summaries, uniprot=None):
             sys.exit(f"error: {summaries}, line {number}: {error}; delete the file, the next run fetches it again")
     for number, line in read_lines(uniprot) if uniprot else ():
         columns = line.split("\t")
-        if len(columns) != 2 or number == 1 and columns != ["Gene Names (primary)", "Function [CC]"]:
+        if len(columns) != 2 or number == 1 and line.lower() != "gene names (primary)\tfunction [cc]":
             sys.exit(f"error: {uniprot}, line {number}: not UniProt's table of primary gene names and functions")
         function = re.sub(r" ?\{ECO:[^}]*\}\.?", "", columns[1].replace("FUNCTION: ", ""))  # without the codes of evidence
         for gene in columns[0].split("; ") if number > 1 and function else ():
