@@ -250,23 +250,27 @@ def row(what, value, goal="", met=None):
     print(f"{what:<70} {value:>20}  {goal} {'' if met is None else '(met)' if met else '(MISSED)'}".rstrip(), flush=True)
 
 
-def step_operations(cells, genes, layers):
-    """Floating-point operations of a training step by the formulas; the backward pass takes twice those of the forward one."""
+def operations(cells, genes, layers):
+    """Floating-point operations of a prediction by the formulas; a training step takes three times as many."""
     a_gene = layers * (8 * WIDTH**2 + 4 * WIDTH**2 + 4 * genes * WIDTH) + 2 * WIDTH**2 + 4 * WIDTH**2  # encoder; values; decoder
-    return 3 * (cells * genes * a_gene + genes * 2 * D_LANGUAGE * WIDTH)
+    return cells * genes * a_gene + genes * 2 * D_LANGUAGE * WIDTH
+
+
+def row_of_share(seconds, n_operations):
+    """Print which share of the rate of large matrix products, measured now, so many operations in so many seconds are."""
+    rate = measure("matmul")["rate"]
+    row(f"  share of this machine's matrix-multiply rate, {rate / 1e9:,.0f} GFLOP/s", f"{n_operations / seconds / rate:.0%}")
 
 
 def part_train(quick, _):
     sizes = {"cells": 2 if quick else 4, "genes": 512 if quick else 1536, "layers": 2 if quick else LAYERS}
     title = "training step, {cells} cells x {genes:,} genes, {layers} layers".format(**sizes)
     ours, plain = measure("train", kind="ours", steps=2, **sizes), measure("train", kind="plain", steps=1, **sizes)
-    rate = measure("matmul")["rate"]
     row(f"{title}: ours, plain", f"{ours['seconds']:.2f} s, {plain['seconds']:.2f} s")
     row("  faster by", f"{plain['seconds'] / ours['seconds']:.1f} x", ">= 4 x", plain["seconds"] >= 4 * ours["seconds"])
     row("  peak memory: ours, plain", f"{ours['peak'] / GB:.2f} GB, {plain['peak'] / GB:.2f} GB")
     row("  share of the plain one's memory", f"{ours['peak'] / plain['peak']:.2f}", "<= 0.33", ours["peak"] <= plain["peak"] / 3)
-    row(f"  share of this machine's matrix-multiply rate, {rate / 1e9:,.0f} GFLOP/s",
-        f"{step_operations(**sizes) / ours['seconds'] / rate:.0%}")
+    row_of_share(ours["seconds"], 3 * operations(**sizes))
 
 
 def part_predict(quick, _):
@@ -279,6 +283,7 @@ def part_predict(quick, _):
     row("  peak memory: ours, 2 cells at a time; plain, 1", f"{few['peak'] / GB:.2f} GB, {plain['peak'] / GB:.2f} GB")
     row("  memory for 8 cells / for 2 cells (the allocator's noise is 0.2)", f"{many['peak'] / few['peak']:.2f}", "<= 1.25",
         many["peak"] <= 1.25 * few["peak"])
+    row_of_share(many["seconds"], operations(cells=1, **sizes))
 
 
 def part_growth(quick, _):
@@ -296,7 +301,7 @@ def part_growth(quick, _):
         larger = base | {name: 2 * base[name]}
         grown_seconds, grown_peak = step(larger)
         row(f"  2 x {name}: time, memory", f"{grown_seconds / seconds:.2f} x, {grown_peak / peak:.2f} x",
-            f"formula {step_operations(**larger) / step_operations(**base):.2f} x, 2.00 x")
+            f"formula {operations(**larger) / operations(**base):.2f} x, 2.00 x")
 
 
 def part_prepare(quick, folder):
