@@ -26,7 +26,6 @@ import io
 import json
 import math
 import re
-import shlex
 import sys
 import time
 from pathlib import Path
