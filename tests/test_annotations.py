@@ -483,7 +483,7 @@ def test_own_texts_are_a_source_beside_the_others(human, tmp_path):
     (b"gene\ttext\nA\t \n", ["line 2", "a text"]),
     (b"gene\ttext\nA\t\xff\n", ["line 2", "UTF-8"]),
     (b"gene\ttext\nA\tb\0\n", ["'A'", "NUL"]),
-    (b"gene\ttext\nA\t" + b"x" * 10**6, ["line 2", "500,000 bytes"]),
+    pytest.param(b"gene\ttext\nA\t" + b"x" * 10**6, ["line 2", "500,000 bytes"], id="a long line"),
     (b"gene\ttext\n", ["no gene"]),
     (b"", ["no gene"]),
     (None, ["No such file", "notes.tsv"]),
