@@ -753,7 +753,8 @@ def draw(path, figure_path, title):
                 terms, counts = np.unique(file[source]["terms"][:], return_counts=True)
                 bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
                 panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
-    figure = Figure(figsize=(9 * min(len(panels), 2), 5.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    height = 5.5 * ((len(panels) + 1) // 2) if len(panels) > 1 else 1.2 + 0.35 * len(panels[0][1])
+    figure = Figure(figsize=(9 * min(len(panels), 2), height), layout="constrained")
     figure.suptitle(title)
     for i, (name, bars, color) in enumerate(panels):
         axes = figure.add_subplot((len(panels) + 1) // 2, min(len(panels), 2), i + 1)
@@ -761,7 +762,9 @@ def draw(path, figure_path, title):
         axes.bar_label(axes.barh(range(len(bars)), [count for _, count in bars], color=color), padding=3, fontsize=8,
                        labels=[f"{count:,}" for _, count in bars])
         axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
-        axes.set(title=name, xlabel="genes", ylim=(max(len(bars), 6) - 0.5, -0.5))  # the first on top; few bars stay thin
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.set(title=name, xlabel="genes")
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(figure_path) as partial:
         figure.savefig(partial, dpi=150, format="png")
