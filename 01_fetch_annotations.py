@@ -15,6 +15,7 @@ The helpers that several stages share (files that appear whole or not at all, pr
 import argparse
 import contextlib
 import datetime
+import difflib
 import email.utils
 import functools
 import gzip
@@ -62,6 +63,8 @@ MEND = "put a good file there, or delete it if this script downloaded it"
 
 def run(main):
     """Call a stage's `main`; what a user can cause ends in one line and exit code 1, our own mistakes in a traceback."""
+    with contextlib.suppress(AttributeError):  # a stream that somebody put in its place
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")  # a log that can be watched; a console without Δ and ±
     try:
         main()
     except OSError as error:
@@ -72,7 +75,13 @@ def run(main):
 
 def common_options(parser):
     """Add the options that every stage has in the same words."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    def refuse(message):
+        word = [*message.rpartition(": ")[2].split(), ""][0]
+        near = difflib.get_close_matches(word, parser._option_string_actions, 1)
+        sys.exit(f"error: {message}{f'; did you mean {near[0]}?' if near else ''} (python {parser.prog} --help lists the options)")
+
+    parser.formatter_class, parser.error = argparse.RawDescriptionHelpFormatter, refuse
+    parser.usage = "python %(prog)s [options]"  # short: the examples come first
     parser.add_argument("--dataset", default="demo", help="demo, norman, adamson, dixit, replogle_k562_essential, "
                         "replogle_rpe1_essential, or a name of your own (default: demo)")
     parser.add_argument("--root", type=Path, default=Path("."), metavar="DIR",
@@ -121,7 +130,8 @@ def provenance(made):
     for name in ("numpy", "scipy", "h5py", "torch"):
         if name in sys.modules:
             versions[name] = sys.modules[name].__version__
-    return {"format_version": FORMAT_VERSION, "command": shlex.join(sys.argv), "made_from": made,
+    command = shlex.join(sys.argv).encode(errors="replace").decode()  # a path may hold what is no text
+    return {"format_version": FORMAT_VERSION, "command": command, "made_from": made,
             "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": json.dumps(versions)}
 
 
@@ -743,14 +753,17 @@ def draw(path, figure_path, title):
                 terms, counts = np.unique(file[source]["terms"][:], return_counts=True)
                 bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
                 panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
-    figure = Figure(figsize=(9 * min(len(panels), 2), 5.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    height = 5.5 * ((len(panels) + 1) // 2) if len(panels) > 1 else 1.2 + 0.35 * len(panels[0][1])
+    figure = Figure(figsize=(9 * min(len(panels), 2), height), layout="constrained")
     figure.suptitle(title)
     for i, (name, bars, color) in enumerate(panels):
         axes = figure.add_subplot((len(panels) + 1) // 2, min(len(panels), 2), i + 1)
         names = [label if len(label) < 60 else label[:57] + "..." for label, _ in bars]
-        axes.barh(range(len(bars)), [count for _, count in bars], color=color)
+        axes.bar_label(axes.barh(range(len(bars)), [count for _, count in bars], color=color), padding=3, fontsize=8,
+                       labels=[f"{count:,}" for _, count in bars])
         axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
         axes.invert_yaxis()
+        axes.margins(x=0.08)
         axes.set(title=name, xlabel="genes")
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(figure_path) as partial:
@@ -855,7 +868,8 @@ def main():
     report(path, path.parent / "scgpt" / "vocab.json")
     draw(path, figure, SYNTHETIC if space == "demo" else "Human genes")
     print(f"wrote {path} and {figure}")
-    print("next: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
+    print("next: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}")
+          + (f" --source {' '.join(wanted)} --embedder lsa" if args.tsv and not args.source else ""))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,10 @@ def read_texts(path, source, mode, made_by, max_bytes=None):
     and the sparse matrix (N, T) that takes text vectors to gene vectors (concat: a single 1 in each row; avg: 1 / number
     of terms)."""
     import scipy.sparse
-    with stage01.open_h5(path, made_by, [source]) as file:
+    with stage01.open_h5(path, made_by) as file:
+        if source not in file:
+            sys.exit(f"error: {path}: no texts of the source {source!r} in it (there are: {', '.join(stage01.in_order(file))}); "
+                     f"run first: python {made_by}")
         group = file[source]
         if mode == "avg" and "terms" not in group:
             sys.exit(f"error: {path}: source {source!r} has no terms one by one; use --mode concat")

@@ -775,6 +775,8 @@ def main():
         sys.exit("error: --h5ad needs a name of its own: --dataset NAME")
     if not is_demo and not args.h5ad and args.dataset not in DATASETS:
         sys.exit(f"error: unknown dataset {args.dataset!r}: one of demo, {', '.join(DATASETS)}, or your own with --h5ad FILE")
+    if args.h5ad and not args.h5ad.exists():
+        sys.exit(f"error: --h5ad {args.h5ad} does not exist")
     folder.mkdir(parents=True, exist_ok=True)
 
     # Inputs, and whether anything is to be done
@@ -788,8 +790,6 @@ def main():
     if not is_demo and source is None:
         url, size = DATASETS[args.dataset]
         source = shared.download(url, folder / f"{args.dataset}.zip", size=size)
-    if source is not None and not source.exists():
-        sys.exit(f"error: --h5ad {source} does not exist")
     inputs = [p for p in (source, vocab_path, None if args.split == "simulation" else Path(args.split)) if p]
     made = shared.made_from({"condition_key": args.condition_key, "control": args.control, "gene_key": args.gene_key,
                              "separator": args.separator, "target_regex": args.target_regex, "min_cells": args.min_cells,
@@ -873,7 +873,7 @@ def main():
         print(f"{name}: {len(groups)} conditions" + "".join(f", {groups.count(g)} {g}" for g in sorted(set(groups)) if g))
     print(f"top {N_TOP} differentially expressed genes: " + ("computed (t-test against control)" if rankings is None else "the file's own rankings"))
     warn_of_targets(unmeasured, all_targets, measured, args)
-    print(f"wrote {path}\nnext: python 04_train.py" + ("" if is_demo else f" --dataset {args.dataset}"))
+    print(f"wrote {path}\nnext: python 04_train.py" + ("" if is_demo else f" --dataset {args.dataset}{'' if vocab else ' --no-pretrained'}"))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def parse_variant(name, known_sources):
     while rest:
         source = max((s for s in known_sources if f"{rest}+".startswith(f"{s}+")), key=len, default=None)
         if source is None:
-            sys.exit(f"error: variant {name!r}: unknown source {rest!r}; known are {', '.join(sorted(known_sources))}")
+            sys.exit(f"error: variant {name!r}: unknown source {rest!r}; known are {', '.join(sorted(known_sources))} "
+                     "(texts of your own: 01 --tsv, then 02 --source)")
         if source in variant.sources:
             sys.exit(f"error: variant {name!r} names the source {source} twice")
         variant.sources.append(source)
@@ -169,7 +170,8 @@ def choose_embeddings(variant, found, embedder, mode, command):
     is not the default. Default: the only embedder and mode that all sources have, else published, concat."""
     for source in variant.sources:
         if source not in found:
-            sys.exit(f"error: {variant.name}: no vectors of the source {source}; run first: {command} --source {source}")
+            sys.exit(f"error: {variant.name}: no vectors of the source {source}; run first: {command} --source {source}"
+                     + (f" (or name others with --variant; there are vectors of {', '.join(found)})" if found else ""))
     if not variant.sources:
         return {}, []
     common = set.intersection(*(set(found[source]) for source in variant.sources))

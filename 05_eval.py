@@ -7,20 +7,17 @@
                                                                    fine-tuned model (fetched), a file
     python 05_eval.py --dataset norman --external GEARS=gears.h5ad                     another method's predictions
     python 05_eval.py --dataset norman --predict POU3F2 CEBPE+KLF1                     what these perturbations do
+    python 05_eval.py --dataset norman --cells                                         cell by cell, for scanpy and cell-eval
 
 Writes metrics.csv (a value a condition), summary.csv (mean and 95% interval over seeds), report.md with figures, and each
 model's predicted means as predictions/<model>.seed<N>.h5ad, which anndata and scanpy open. Predictions that are there already
 are used again.
 
 The prediction of a condition is the mean over control cells of what the model predicts for each; every model gets the same
-control cells. The baselines need no training:
-    non-ctrl-mean    the mean profile of the training perturbations
-    random           the profile of one training perturbation drawn at random
-    no-change        the mean of the control cells
-    matching-mean    the mean of the parts' own training profiles, non-ctrl-mean for parts not trained on (Systema)
-    additive         control plus the sum of the parts' effects, 0 for parts not trained on (Ahlmann-Eltze et al. 2025)
-    ridge_<source>   ridge regression from the sum of the targets' language vectors to the response (GenePert)
-data-ceiling is no prediction: one half of a condition's cells scored as if it predicted the other.
+control cells. Beside the models stand baselines, which need no training; report.md says what each is.
+
+--cells writes <model>.seed<N>.cells.h5ad (control cells as measured, and every predicted cell) and measured.cells.h5ad, the
+measured cells of the same conditions: the pair that `cell-eval run --pert-col condition --control-pert ctrl` takes.
 """
 import argparse
 import csv
@@ -30,7 +27,6 @@ import io
 import json
 import math
 import re
-import shlex
 import sys
 import time
 import urllib.parse
@@ -56,9 +52,15 @@ METRICS = {  # key: (heading, whether higher is better)
     "pearson_systema": ("Pearson Systema", True),
     "centroid_accuracy": ("centroid accuracy", True),
 }
-BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive")  # and ridge_<source>
-DEPEND_ON_SEED = ("random", "data-ceiling")
+BASELINES = {  # they need no training
+    "non-ctrl-mean": "the mean profile of the training perturbations",
+    "random": "the profile of one training perturbation drawn at random",
+    "no-change": "the mean of the control cells",
+    "matching-mean": "the mean of the parts' own training profiles, non-ctrl-mean for parts not trained on (Systema)",
+    "additive": "control plus the sum of the parts' effects, 0 for parts not trained on (Ahlmann-Eltze et al. 2025)",
+    "ridge_<source>": "ridge regression from the sum of the targets' language vectors to the response (GenePert)"}
 CEILING = "data-ceiling"
+DEPEND_ON_SEED = ("random", CEILING)
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
 CELLS_X_GENES = 80_000   # predicted at a time, which bounds the memory
 N_FIGURE_CONTROLS = 300  # as in the paper's Figures 8 and 9
@@ -189,8 +191,9 @@ def draw_controls(data, conditions, n_controls, seed):
             for condition in conditions]
 
 
-def predict_means(path, data, conditions, controls, device, batch_size, title):
-    """Mean predicted profile of each condition by the model in `path`: (conditions, G) float64."""
+def predict_means(path, data, conditions, controls, device, batch_size, title, cells_to=None):
+    """Mean predicted profile of each condition by the model in `path`: (conditions, G) float64. Appends what it predicts for the
+    cells, blocks of (cells, measured genes), to the list `cells_to`."""
     import model
     from tqdm import tqdm
     net = load_model(path, data).to(device)
@@ -204,41 +207,64 @@ def predict_means(path, data, conditions, controls, device, batch_size, title):
                 with autocast():
                     predicted = model.predict(net, data.token_ids, block, targets[targets >= 0], batch_size)
                 means[row] += predicted.sum(0, dtype=np.float64)
+                if cells_to is not None:
+                    cells_to.append(predicted[:, data.measured])
                 progress.update(len(block))
             means[row] /= len(cells)
     return means
 
 
-def write_h5ad(path, made, X, obs, var_names, uns, layers=None):
-    """Write mean profiles X (rows, genes) as an AnnData file: obs {column: values}, layers {name: (rows, genes)}. The index is
-    the condition, and model and seed where a condition has several rows."""
+def write_h5ad(path, made, X, obs, genes, description, data, control=None):
+    """Write X (rows, genes), dense or CSR, as an AnnData file with obs {column: values}; with `control` (genes,), the mean of control
+    cells, also the layers `control` and `delta`. The index of obs is the condition where that is unique."""
+    def encode(item, kind, version="0.2.0"):
+        item.attrs.update({"encoding-type": kind, "encoding-version": version})
+
     def table(file, name, index, columns):
         group = file.create_group(name)
-        group.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index",
-                            "column-order": np.array(list(columns), dtype=h5py.string_dtype())})
+        encode(group, "dataframe")
+        group.attrs.update({"_index": "_index", "column-order": np.array(list(columns), dtype=h5py.string_dtype())})
         for column, values in {"_index": index, **columns}.items():
             if isinstance(values[0], str):
                 shared.write_strings(group, column, values)
             else:
                 group[column] = np.asarray(values)
-            group[column].attrs.update({"encoding-type": "string-array" if isinstance(values[0], str) else "array", "encoding-version": "0.2.0"})
+            encode(group[column], "string-array" if isinstance(values[0], str) else "array")
 
+    index = obs["condition"]
+    if len(set(index)) < len(index):
+        index = [f"{condition} {row}" for row, condition in enumerate(index)]
+    about = shared.provenance(made)
     with shared.write_h5(path, made) as file:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        file["X"] = X.astype(np.float32)
-        file["X"].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        index = obs["condition"]
-        if len(set(index)) < len(index):
-            index = [f"{condition} {name} {seed}" for condition, name, seed in zip(index, obs["model"], obs["seed"])]
+        encode(file, "anndata", "0.1.0")
+        if isinstance(X, np.ndarray):
+            file["X"] = X.astype(np.float32, copy=False)
+            encode(file["X"], "array")
+        else:
+            group = file.create_group("X")
+            encode(group, "csr_matrix", "0.1.0")
+            group.attrs["shape"] = np.array(X.shape)
+            group["data"], group["indices"], group["indptr"] = X.data, X.indices, X.indptr
         table(file, "obs", index, obs)
-        table(file, "var", var_names, {"gene_name": var_names})
+        table(file, "var", list(genes), {"gene_name": list(genes)})
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
-            file.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-        for name, value in uns.items():
-            file["uns"].create_dataset(name, data=value, dtype=h5py.string_dtype()).attrs.update(
-                {"encoding-type": "string", "encoding-version": "0.2.0"})
-        for name, values in (layers or {}).items():
-            file["layers"].create_dataset(name, data=values.astype(np.float32)).attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+            encode(file.create_group(name), "dict", "0.1.0")
+        for name, text in {"description": description + (" of SYNTHETIC cells" if data.synthetic else ""), "control": data.control,
+                           **{name: about[name] for name in ("command", "date", "versions", "made_from")}}.items():
+            file["uns"].create_dataset(name, data=text, dtype=h5py.string_dtype())
+            encode(file["uns"][name], "string")
+        if control is not None:
+            for name, values in (("control", np.tile(control, (len(X), 1))), ("delta", X - control)):
+                file["layers"][name] = values.astype(np.float32)
+                encode(file["layers"][name], "array")
+
+
+def write_cells(path, made, blocks, obs, data):
+    """Write blocks of cells (cells, measured genes), predicted ones and the control cells that readers compare them with."""
+    X = np.concatenate(blocks)
+    np.maximum(X, 0, out=X)  # the network's output is linear; readers of log-normalized data refuse values below 0
+    write_h5ad(path, made, X, obs, data.genes[data.measured],
+               "predicted log-normalized expression of cells, not below 0; control cells as measured", data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,9 +338,9 @@ def read_external(item, data, conditions):
     condition, genes by symbol. Returns the name and the mean profiles (conditions, G of the measured genes)."""
     prepare = importlib.import_module("03_prepare_data")
     name, _, path = item.partition("=")
-    shared.check_name(name, "--external")
     if not path or not Path(path).exists():
         sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad, a file that exists")
+    shared.check_name(name, "--external")
     with prepare.damage_in(path), h5py.File(path, "r") as file:
         obs, var = (prepare.find(file, key, path) for key in ("obs", "var"))
         if obs is None or var is None or prepare.find(file, "X", path) is None:
@@ -364,8 +390,9 @@ def csv_text(header, rows):
 
 
 def number(mean, half_width):
-    """`0.665 ± 0.010`, with three significant digits for small values."""
-    digits = 3 if abs(mean) >= 0.1 or mean == 0 else min(3 - math.floor(math.log10(abs(mean))) - 1, 7)
+    """`0.665 ± 0.010`, with three significant digits where both are small."""
+    size = max(abs(mean), half_width)  # the mean where half_width is NaN
+    digits = 3 if size >= 0.1 or size == 0 else min(3 - math.floor(math.log10(size)) - 1, 7)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
 
 
@@ -417,7 +444,7 @@ def new_figure(width, height, title):
     """An empty figure (inches) that needs no display."""
     from matplotlib.figure import Figure  # no pyplot: no window, no backend to choose
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
@@ -439,16 +466,25 @@ def draw_bars(path, summary, models, subgroups, title):
             axes.bar(np.arange(len(subgroups)) + (i - (len(models) - 1) / 2) * 0.85 / len(models), means, 0.8 / len(models), label=model,
                      yerr=None if np.isnan(halves_).all() else halves_, capsize=2, error_kw={"lw": 1}, edgecolor="white",
                      color=COLORS[i % len(COLORS)], hatch=("", "//", "..", "xx")[i // len(COLORS) % 4])
+        low, high = axes.get_ylim()  # intervals over two seeds may run far beyond what can be
+        largest = np.nanmax([summary.get((model, group, metric), (0,))[0] for model in models for group in subgroups])
+        axes.set_ylim(*((max(low, -1.05), min(high, 1.05)) if metric.startswith("pearson") else (0, min(high, 1.5 * largest))))
         axes.axhline(0, color="black", lw=0.8)
+        axes.set_xlim(-0.5, len(subgroups) - 0.5)
         axes.set_xticks(range(len(subgroups)), [group.replace("_", " ") for group in subgroups])
         axes.set_ylabel(label)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     save_figure(figure, path)
+
+
+def by_subgroup(groups):
+    """The subgroups that occur, the single targets first."""
+    return sorted(set(groups), key=lambda group: (group != "unseen_single", group))
 
 
 def draw_split(path, data, title):
     """Conditions of the split by subgroup (the paper's Figure 7)."""
-    groups = [(split, group) for split in ("train", "val", "test") for group in sorted(set(data.subgroup[data.split == split]))]
+    groups = [(split, group) for split in ("train", "val", "test") for group in by_subgroup(data.subgroup[data.split == split])]
     figure = new_figure(6.5, 0.6 + 0.35 * len(groups), title)
     axes = figure.subplots()
     counts = [((data.split == split) & (data.subgroup == group)).sum() for split, group in groups]
@@ -464,8 +500,9 @@ def draw_split(path, data, title):
 # Single perturbations
 
 def read_perturbations(items, data, vocab_path):
-    """The perturbations of --predict as a list of labels: GENE, GENE+GENE, a text file with one a line, or all-singles (every
-    gene of the dataset). Genes that the dataset lacks join it as unmeasured ones, if the vocabulary has them."""
+    """The perturbations of --predict as {label: [gene, ...]}, from GENE, GENE+GENE, a condition of the dataset, a text file with
+    one a line, or all-singles (every gene of the dataset); and the genes among them that the dataset lacks: those join it as
+    unmeasured ones, if the vocabulary has them."""
     labels = []
     for item in items:
         if item == "all-singles":
@@ -474,26 +511,31 @@ def read_perturbations(items, data, vocab_path):
             labels += [line.strip() for line in Path(item).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         else:
             labels.append(item)
-    known = set(data.genes)
-    new = list(dict.fromkeys(gene for label in labels for gene in label.split("+") if gene not in known))
+    known, genes_of = set(data.genes), {}
+    of_condition = {label: list(data.genes[targets[targets >= 0]]) for label, targets in zip(data.conditions, data.targets)}
+    for label in labels:
+        genes_of[label] = of_condition.get(label) or [gene for gene in label.split("+") if gene not in ("ctrl", data.control)]
+        if not genes_of[label] or not all(genes_of[label]) or len(set(genes_of[label])) < len(genes_of[label]):
+            sys.exit(f"error: --predict {label!r}: expected a gene, or different genes joined by +, as KLF1+MAP2K6")
+    new = list(dict.fromkeys(gene for genes in genes_of.values() for gene in genes if gene not in known))
     if new:
-        vocab = {}
-        if data.vocab != "own genes":
-            if not vocab_path.exists() or shared.fingerprint(vocab_path) != data.vocab:
-                sys.exit(f"error: --predict: {new[0]!r} is no gene of the dataset, and {vocab_path} is not the vocabulary that it was made with: name "
-                         "that with --vocab")
+        has_own, vocab = data.vocab == "own genes", {}
+        if not has_own and vocab_path.exists() and shared.fingerprint(vocab_path) == data.vocab:
             vocab = shared.read_json(vocab_path, int)
-        unknown = [gene for gene in new if gene not in vocab]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], [*known, *vocab], 3)
-            sys.exit(f"error: --predict: {unknown[0]!r} is neither a gene of the dataset nor in its vocabulary" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        unknown = next((gene for gene in new if gene not in vocab), None)
+        if unknown is not None:
+            names = [{name.upper(): name for name in of} for of in (known, vocab)]  # the dataset's first
+            near = next(filter(None, ([of[name] for name in difflib.get_close_matches(unknown.upper(), of, 3)] for of in names)), None)
+            sys.exit(f"error: --predict: {unknown!r} is no gene of the dataset{' or its vocabulary' if vocab or has_own else ''}"
+                     + (f"; did you mean {', '.join(near)}?" if near else "")
+                     + ("" if vocab or has_own else f" (for genes that it lacks: --vocab FILE, the one given to stage 03; not {vocab_path})"))
         print(f"not in the dataset, joined as unmeasured genes: {', '.join(new)}")
         data.genes = np.concatenate([data.genes, np.array(new, dtype=object)])
         data.token_ids = np.concatenate([data.token_ids, [vocab[gene] for gene in new]])
         data.measured = np.concatenate([data.measured, np.zeros(len(new), dtype=bool)])
         data.mean = np.pad(data.mean, ((0, 0), (0, len(new))))
         data.X.resize(data.X.shape[0], len(data.genes))
-    return list(dict.fromkeys(labels)), new
+    return genes_of, new
 
 
 def add_language(net, run, data, new, embeddings):
@@ -522,23 +564,28 @@ def predict_perturbations(args, data, runs, device, results):
     import model
     from tqdm import tqdm
     folder = args.root / "data" / shared.space_of(args.dataset)
-    labels, new = read_perturbations(args.predict, data, args.vocab or folder / "scgpt" / "vocab.json")
+    genes_of, new = read_perturbations(args.predict, data, args.vocab or folder / "scgpt" / "vocab.json")
     position = {gene: i for i, gene in reversed(list(enumerate(data.genes)))}
-    targets_of = {label: np.array(sorted({position[gene] for gene in label.split("+")})) for label in labels}
-    singles = {gene: np.array([position[gene]]) for label in labels if "+" in label for gene in label.split("+")}  # to compare pairs with
+    targets_of = {label: np.array(sorted(position[gene] for gene in genes)) for label, genes in genes_of.items()}
+    singles = {gene: np.array([position[gene]]) for genes in genes_of.values() if len(genes) > 1 for gene in genes}  # to compare pairs with
     ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
     cells = np.random.default_rng([args.seed, 7]).choice(data.ctrl_cells, args.controls or N_FIGURE_CONTROLS)
     control = data.X[cells].toarray()
     baseline = control.mean(0, dtype=np.float64)  # a prediction is compared with the cells that it started from
     autocast, _ = training.mixed_precision(device)
+    is_measured = data.measured
     delta, of_cells, top = {}, {}, {}  # (label, model, seed): (G,), (cells, top); label: (top,)
+    blocks, cell_rows = [], []  # of --cells: (cells, measured genes); (label, model, seed) of every row
     wanted = singles | targets_of
-    print(f"{len(labels):,} perturbations, {len(runs)} models, {len(cells)} control cells each; device: {device}")
+    print(f"perturbations: {len(genes_of):,}; models: {len(runs)}; control cells for each: {len(cells)}; device: {device}")
     with tqdm(total=len(runs) * len(wanted), unit=" perturbations", leave=False, disable=None) as progress:
         for run in runs:
             net = load_model(run.path, data)
             add_language(net, run, data, new, folder / "embeddings")
             net.to(device)
+            if args.cells:
+                blocks.append(control[:, is_measured])
+                cell_rows += [(data.control, run.name, run.seed)] * len(cells)
             for label, targets in wanted.items():
                 with autocast():
                     each = model.predict(net, data.token_ids, control, targets, args.batch_size)
@@ -549,6 +596,9 @@ def predict_perturbations(args, data, runs, device, results):
                     top[label] = (data.de_idx[same[0]][data.de_idx[same[0]] >= 0] if same else
                                   np.argsort(-np.where(data.measured, np.abs(change), -1), kind="stable")[:20])
                 of_cells[label, run.name, run.seed] = each[:, top[label]] - baseline[top[label]]
+                if args.cells and label in genes_of:
+                    blocks.append(each[:, is_measured])
+                    cell_rows += [(label, run.name, run.seed)] * len(cells)
                 progress.update()
 
     # Per perturbation and model: the size of the effect, its genes, and for pairs the distance from the sum of the singles
@@ -556,7 +606,7 @@ def predict_perturbations(args, data, runs, device, results):
         return metrics.interval95([value(delta[label, name, seed], seed) for seed in seeds[name]])
 
     def rms(values):
-        return float(np.sqrt((values[data.measured] ** 2).mean()))
+        return float(np.sqrt((values[is_measured] ** 2).mean()))
 
     seeds = {name: [run.seed for run in runs if run.name == name] for name in dict.fromkeys(run.name for run in runs)}
     ranked, genes = [], []
@@ -564,7 +614,7 @@ def predict_perturbations(args, data, runs, device, results):
         measured = [data.mean[c] for c in measured_as(data, targets)]
         for name in seeds:
             size, half = over_seeds(label, name, lambda change, seed: rms(change))
-            parts = label.split("+")
+            parts = genes_of[label]
             apart = over_seeds(label, name, lambda change, seed: rms(change - sum(delta[part, name, seed] for part in parts)))[0] if len(parts) > 1 else ""
             mean = np.mean([delta[label, name, seed] for seed in seeds[name]], axis=0)
             order = np.argsort(-np.where(data.measured, np.abs(mean), -1), kind="stable")[:20]
@@ -579,22 +629,24 @@ def predict_perturbations(args, data, runs, device, results):
         ("condition", "model", "n_seeds", "effect_rms", "interval", "interaction_rms", "top_genes"), ranked))
     shared.write_text(results / "predicted_genes.csv", csv_text(
         ("condition", "model", "gene", "control", "predicted", "delta", "interval", "measured_delta"), genes))
-    kept = [(label, name, seed) for label in labels for name in seeds for seed in seeds[name]]
-    is_measured = data.measured
-    changes = np.stack([delta[key] for key in kept])[:, is_measured]
-    write_h5ad(results / "predicted.h5ad", shared.made_from({"controls": len(cells), "seed": args.seed}, []), baseline[is_measured] + changes,
-               {"condition": [label for label, _, _ in kept], "model": [name for _, name, _ in kept], "seed": [seed for _, _, seed in kept]},
-               list(data.genes[is_measured]), {"description": "mean predicted log-normalized expression" + (" of SYNTHETIC cells" if data.synthetic else ""),
-                                               "command": shlex.join(sys.argv)},
-               layers={"control": np.tile(baseline[is_measured], (len(kept), 1)), "delta": changes})
-    if len(labels) <= 12:
-        for label in labels:
+    def columns(keys):
+        return {column: [key[i] for key in keys] for i, column in enumerate(("condition", "model", "seed"))}
+
+    kept = [(label, name, seed) for label in genes_of for name in seeds for seed in seeds[name]]
+    made = shared.made_from({"controls": len(cells), "seed": args.seed}, [run.path for run in runs])
+    write_h5ad(results / "predicted.h5ad", made, (baseline + np.stack([delta[key] for key in kept]))[:, is_measured], columns(kept),
+               data.genes[is_measured], "mean predicted log-normalized expression", data, baseline[is_measured])
+    if args.cells:
+        write_cells(results / "predicted.cells.h5ad", made, blocks, columns(cell_rows), data)
+    if len(genes_of) <= 12:
+        for label in genes_of:
             draw_perturbation(results, label, data, top[label], ctrl, {name: np.concatenate([of_cells[label, name, seed] for seed in seeds[name]])
                                                                        for name in seeds}, measured_as(data, targets_of[label]))
-    for row in ranked[:10]:
-        print(f"{row[0]}: effect {row[3]:.4f} by {row[1]}; {row[6]}")
-    print(f"figures: {'one a perturbation, ' + str(results / 'predicted_*.png') if len(labels) <= 12 else 'none for more than 12 perturbations'}\n"
-          f"values: {results / 'predicted.csv'}, {results / 'predicted_genes.csv'}, {results / 'predicted.h5ad'}")
+    for row in [row for row in ranked if "-shuffled" not in row[1]][:10]:  # a shuffled control is no answer
+        print(f"{row[0]}: effect {row[3]:.4f} by {row[1]}; {' '.join(row[6].split()[:5])} ...")
+    print(f"figures: {'one a perturbation, ' + str(results / 'predicted_*.png') if len(genes_of) <= 12 else 'none for more than 12 perturbations'}\n"
+          "values: " + ", ".join(str(results / name) for name in ("predicted.csv", "predicted_genes.csv", "predicted.h5ad",
+                                                                  *["predicted.cells.h5ad"] * args.cells)))
 
 
 def measured_as(data, targets):
@@ -609,20 +661,23 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
     if conditions:
         cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
         series = {"measured": data.X[cells].toarray()[:, top] - ctrl[top]} | series
-    words = "genes that change most as measured" if conditions else f"genes that change most as {next(iter(predicted))} predicts, not measured"
-    figure = new_figure(12, 5, f"{label}: {words}" + (" (SYNTHETIC data)" if data.synthetic else ""))
+    words = f"the {len(top)} genes that change most as " + ("measured" if conditions else f"{next(iter(predicted))} predicts; not measured")
+    figure = new_figure(12, 5, f"{label}: {words}{' (SYNTHETIC data)' if data.synthetic else ''}\n"
+                        "cells between the quartiles (box), median (line), mean (diamond), rest without outliers (whiskers)")
     axes = figure.subplots()
     for i, (name, values) in enumerate(series.items()):
         color = "#999999" if name == "measured" else COLORS[(i - bool(conditions)) % (len(COLORS) - 1)]
         at = np.arange(len(top)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
         boxes = axes.boxplot(values, positions=at, widths=0.7 / len(series), showfliers=False, patch_artist=True,
-                             medianprops={"color": "black"}, manage_ticks=False)
+                             medianprops={"color": "black"}, manage_ticks=False, showmeans=True,
+                             meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "white", "markeredgecolor": "black"})
         for box in boxes["boxes"]:
             box.set_facecolor(color)
         axes.bar(0, 0, color=color, label=name)
     axes.axhline(0, color="black", lw=0.8)
-    axes.set_xticks(range(len(top)), data.genes[top], rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("expression less the control mean\n(log-normalized)")
+    axes.set_xlim(-0.6, len(top) - 0.4)
+    axes.set_xticks(range(len(top)), data.genes[top], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_ylabel("expression of a cell less the control mean\n(log-normalized)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     name = re.sub(r"[^A-Za-z0-9_+-]", "_", label)
     save_figure(figure, results / f"predicted_{name}.png")
@@ -639,6 +694,7 @@ def options():
         "X predicted expression per cell or per condition")
     add("--predict", nargs="+", metavar="GENE", help="only predict these perturbations, measured or not: GENE, GENE+GENE, a text file "
         "with one a line, or all-singles (every gene of the dataset)")
+    add("--cells", action="store_true", help="also write every predicted cell, below the control cells, as *.cells.h5ad")
     add("--vocab", type=Path, metavar="FILE", help="vocab.json for targets of --predict that the dataset lacks (default: data/human/scgpt/)")
     add("--controls", type=int, metavar="N", help="control cells a condition (default: as many as the condition has cells; "
         f"--predict: {N_FIGURE_CONTROLS})")
@@ -684,19 +740,31 @@ def main():
         sys.exit(f"error: two models are called {clash[0]}; name one otherwise: --run NAME=FILE.pt, --external NAME=FILE.h5ad")
     print(f"{len(tested)} test conditions, {len(genes):,} genes, {sum(map(len, controls)):,} control cells to predict from; device: {device}")
 
+    if args.cells:
+        path, made = results / "predictions" / "measured.cells.h5ad", shared.made_from({}, [dataset_path])
+        if not shared.is_current(path, made, args.force):
+            cells = np.concatenate([data.ctrl_cells, *(np.flatnonzero(data.cell_condition == c) for c in tested)])
+            write_h5ad(path, made, data.X[cells][:, genes], {"condition": list(data.conditions[data.cell_condition[cells]])}, data.genes[genes],
+                       "measured log-normalized expression of control cells and held-out conditions", data)
+
     # Mean profiles of every model and baseline: (name, seed or "", predicted (P, G), true (P, G))
     profiles = []
     for run in runs:
         path = results / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
         made = shared.made_from({"controls": args.controls or "as cells", "seed": args.seed}, [dataset_path, run.path])
-        if not shared.is_current(path, made, args.force):
+        paths = [path] + [path.with_suffix(".cells.h5ad")] * args.cells
+        if not all([shared.is_current(p, made, args.force) for p in paths]):
             started = time.perf_counter()
-            means = predict_means(run.path, data, tested, controls, device, args.batch_size, f"{run.name}, seed {run.seed}")[:, genes]
+            blocks = [] if args.cells else None
+            means = predict_means(run.path, data, tested, controls, device, args.batch_size, f"{run.name}, seed {run.seed}", blocks)[:, genes]
             obs = {"condition": list(data.conditions[tested]), "subgroup": list(data.subgroup[tested]), "model": [run.name] * len(tested),
                    "seed": [run.seed] * len(tested), "n_controls": [len(cells) for cells in controls]}
-            write_h5ad(path, made, means, obs, list(data.genes[genes]),
-                       {"description": "mean predicted log-normalized expression" + (" of SYNTHETIC cells" if data.synthetic else "")})
-            print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {path}")
+            write_h5ad(path, made, means, obs, data.genes[genes], "mean predicted log-normalized expression", data, ctrl)
+            if args.cells:
+                labels = [data.control] * len(data.ctrl_cells) + [data.conditions[c] for c, cells in zip(tested, controls) for _ in cells]
+                obs = {"condition": labels, "model": [run.name] * len(labels), "seed": [run.seed] * len(labels)}
+                write_cells(paths[1], made, [data.X[data.ctrl_cells].toarray()[:, genes], *blocks], obs, data)
+            print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {', '.join(map(str, paths))}")
         with h5py.File(path, "r") as file:
             profiles.append((run.name, run.seed, file["X"][:], true))
     profiles += [(name, "", means, true) for name, means in external]
@@ -721,7 +789,7 @@ def main():
     summary = summarize(rows)
     models = list(dict.fromkeys(name for name, *_ in profiles if any(row[0] == name for row in rows)))
     trained = list(dict.fromkeys([run.name for run in runs] + [name for name, _ in external]))
-    subgroups = [*sorted({group for group in data.subgroup[tested] if group}, key=lambda g: (g != "unseen_single", g)), "all"]
+    subgroups = [*filter(None, by_subgroup(data.subgroup[tested])), "all"]
     shared.write_text(results / "metrics.csv", csv_text(("model", "seed", "condition", "subgroup", "metric", "value"), rows))
     shared.write_text(results / "summary.csv", csv_text(
         ("model", "subgroup", "metric", "mean", "interval", "n_seeds"),
@@ -730,11 +798,12 @@ def main():
     # Report
     label = " (SYNTHETIC data)" if data.synthetic else ""
     words = verdict(summary, trained, [model for model in models if model not in trained and model != CEILING])
-    draw_split(results / "split.png", data, f"{args.dataset}{label}: split")
-    draw_bars(results / "subgroups.png", summary, models, subgroups, f"{args.dataset}{label}: held-out perturbations")
+    draw_split(results / "split.png", data, f"{args.dataset}{label}: conditions of the split")
+    draw_bars(results / "subgroups.png", summary, models, subgroups, f"{args.dataset}{label}: held-out perturbations\nmean over conditions and seeds; "
+              "lines: 95% interval over seeds, cut at the edge")
     shared.write_text(results / "report.md", report(args, data, summary, models, trained, subgroups, runs, words, len(genes)))
 
-    shown = trained + [model for model in BASELINES[:3] if model not in trained]
+    shown = trained + [model for model in list(BASELINES)[:3] if model not in trained]
     header = [f"{METRICS['pearson_delta_top20'][0]}{label}", "n", *shown]
     table = [[group, (data.subgroup[tested] == group).sum() if group != "all" else len(tested)]
              + [number(*summary[model, group, "pearson_delta_top20"][:2]) for model in shown] for group in subgroups]
@@ -753,7 +822,11 @@ def report(args, data, summary, models, trained, subgroups, runs, words, n_genes
               "Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second best*. Δ is the "
               "difference to the mean of the control cells. Pearson Systema is the same with the mean of the training perturbations in its "
               "place, and centroid accuracy the share of the other conditions that are farther from a prediction than its own: both are low "
-              "where predictions look alike. data-ceiling is one half of a condition's cells scored against the other half.", "",
+              "where predictions look alike.", "",
+              "Of an unseen_single the target, of a combo_seen0, 1 or 2 that many of the targets are among the targets seen in training. "
+              "`-shuffled` is a model whose texts were permuted among the genes: what it reaches does not come from what they say.", "",
+              "Baselines, which need no training:", "", *(f"- `{name}`: {what}" for name, what in BASELINES.items()),
+              f"- `{CEILING}`: no prediction; one half of a condition's cells scored as if it predicted the other", "",
               "![The split](split.png)", "", "## All test conditions", ""]
     paper = paper_rows(PAPER.get(args.dataset, ""))
     header = ["model", "seeds", *(heading for heading, _ in METRICS.values()), *(f"paper: {METRICS[m][0]}" for m in PAPER_METRICS if paper)]
@@ -778,19 +851,24 @@ def report(args, data, summary, models, trained, subgroups, runs, words, n_genes
 
 def verdict(summary, trained, baselines):
     """What came out, in words: the best trained model by Pearson delta on the top 20 genes, against the mean, its own shuffled
-    control, scGPT, and the best baseline."""
+    control, scGPT, and the best baseline; and the best model with a shuffled control against that, where it is another one."""
     def value(model):
         return summary[model, "all", "pearson_delta_top20"]
 
-    best = max(trained, key=lambda model: value(model)[0])
-    rivals = ["non-ctrl-mean", max(baselines, key=lambda model: value(model)[0]), f"{best}-shuffled", "scgpt"]
-    words = []
-    for rival in dict.fromkeys(rival for rival in rivals if rival != best and (rival in trained or rival in baselines)):
-        (a, half_a, n), (b, half_b, _) = value(best), value(rival)
+    def against(model, rival):
+        (a, half_a, n), (b, half_b, _) = value(model), value(rival)
         half_widths = sum(half for half in (half_a, half_b) if not math.isnan(half))
         certainty = "one seed, no interval" if n < 2 else "beyond the intervals" if abs(a - b) > half_widths else "within the intervals"
-        words.append(f"{'above' if a > b else 'not above'} {rival} ({number(b, half_b)}; {certainty})")
-    return f"By Pearson Δ on the top 20 genes, {best} is the best trained model ({number(*value(best)[:2])}): {'; '.join(words)}."
+        return f"{'above' if a > b else 'not above'} {rival} ({number(b, half_b)}; {certainty})"
+
+    best = max(trained, key=lambda model: value(model)[0])
+    rivals = ["non-ctrl-mean", max(baselines, key=lambda model: value(model)[0]), f"{best}-shuffled", "scgpt"]
+    words = [against(best, rival) for rival in dict.fromkeys(rivals) if rival != best and (rival in trained or rival in baselines)]
+    text = f"By Pearson Δ on the top 20 genes, {best} is the best trained model ({number(*value(best)[:2])}): {'; '.join(words)}."
+    controlled = max((model for model in trained if f"{model}-shuffled" in trained), key=lambda model: value(model)[0], default=best)
+    if controlled != best:
+        text += f" {controlled} ({number(*value(controlled)[:2])}) is {against(controlled, f'{controlled}-shuffled')}."
+    return text
 
 
 if __name__ == "__main__":

@@ -472,7 +472,7 @@ def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
 def test_own_texts_are_a_source_beside_the_others(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
     (tmp_path / "notes.tsv").write_text("gene\ttext\nFOSB\tmine, with \"quotes\" and ünicode\n", encoding="utf-8")
-    made(root, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
+    assert "next: python 02_embed.py --dataset norman --source notes --embedder lsa" in made(root, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
     assert texts(root, "notes") == {"FOSB": "mine, with \"quotes\" and ünicode"} and texts(root, "ncbi") == NCBI_TEXTS
 
 
@@ -483,7 +483,7 @@ def test_own_texts_are_a_source_beside_the_others(human, tmp_path):
     (b"gene\ttext\nA\t \n", ["line 2", "a text"]),
     (b"gene\ttext\nA\t\xff\n", ["line 2", "UTF-8"]),
     (b"gene\ttext\nA\tb\0\n", ["'A'", "NUL"]),
-    (b"gene\ttext\nA\t" + b"x" * 10**6, ["line 2", "500,000 bytes"]),
+    pytest.param(b"gene\ttext\nA\t" + b"x" * 10**6, ["line 2", "500,000 bytes"], id="a long line"),
     (b"gene\ttext\n", ["no gene"]),
     (b"", ["no gene"]),
     (None, ["No such file", "notes.tsv"]),

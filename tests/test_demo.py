@@ -3,7 +3,7 @@ import csv
 
 import pytest
 
-from conftest import run_process
+from conftest import error_of, run_process
 
 STAGES = ["01_fetch_annotations.py", "02_embed.py", "03_prepare_data.py", "04_train.py", "05_eval.py"]
 
@@ -34,7 +34,20 @@ def test_a_stage_run_before_its_predecessor_names_it(tmp_path, stage, message):
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_examples_first_and_defaults(tmp_path, stage):
     shown = run_process(stage, "--help", cwd=tmp_path).stdout
+    assert shown.startswith(f"usage: python {stage} [options]\n\nStage ")
     assert f"python {stage}" in shown.split("options:")[0] and "--dataset" in shown and "default: demo" in shown
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_misspelt_option_is_one_line_that_names_the_right_one(tmp_path, stage):
+    assert "unrecognized arguments: --datset x; did you mean --dataset?" in error_of(stage, "--datset", "x", root=tmp_path)
+
+
+def test_a_console_that_lacks_a_character_gets_another_one(tmp_path):
+    for stage in STAGES:
+        options = ["--variant", "scgpt", "--epochs", 1, "--n-layers", 1] if stage == "04_train.py" else []
+        done = run_process(stage, *options, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert "Pearson ? top 20" in done.stdout and "Pearson Δ top 20" in (tmp_path / "results/demo/report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.soak

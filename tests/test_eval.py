@@ -146,6 +146,9 @@ def test_the_verdict_says_in_words_what_the_numbers_say(evaluation):
     words = evaluation.verdict(summary(scgpt=(0.5, 0.1, 3), lang=(0.7, 0.05, 3), lang_shuffled=(0.69, 0.1, 3), non_ctrl_mean=(0.6, np.nan, 1),
                                        ridge=(0.9, np.nan, 1)), ["scgpt", "lang", "lang-shuffled"], ["non-ctrl-mean", "ridge"])
     assert "lang is the best trained model (0.700 ± 0.050)" in words and "above non-ctrl-mean (0.600; beyond the intervals)" in words
+    words_2 = evaluation.verdict(summary(scgpt=(0.5, 0.1, 3), lang=(0.4, 0.05, 3), lang_shuffled=(0.1, 0.1, 3), non_ctrl_mean=(0.6, np.nan, 1)),
+                                 ["scgpt", "lang", "lang-shuffled"], ["non-ctrl-mean"])
+    assert words_2.endswith(". lang (0.400 ± 0.050) is above lang-shuffled (0.100 ± 0.100; beyond the intervals).")
     assert "not above ridge (0.900; beyond the intervals)" in words and "above lang-shuffled (0.690 ± 0.100; within the intervals)" in words
 
 
@@ -323,8 +326,68 @@ def test_all_singles_are_all_genes_of_the_dataset(results, tmp_path):
 
 
 def test_predicting_an_unknown_gene_names_it_and_what_comes_near(results):
-    error = error_of("05_eval.py", "--predict", "DEMO1", root=results.root)
-    assert "'DEMO1'" in error
+    assert "'DMEO001' is no gene of the dataset or its vocabulary; did you mean DEMO001" in error_of("05_eval.py", "--predict", "DMEO001", root=results.root)
+    assert "did you mean DEMO001" in error_of("05_eval.py", "--predict", "demo001", root=results.root)
+
+
+@pytest.mark.parametrize("label", ["DEMO001+DEMO001", "DEMO001+", "ctrl"])
+def test_a_perturbation_is_of_different_genes(results, label):
+    assert f"--predict '{label}': expected a gene, or different genes joined by +" in error_of("05_eval.py", "--predict", label, root=results.root)
+
+
+def test_a_condition_of_the_dataset_is_predicted_under_its_own_name(results, evaluation):
+    data = results.data
+    pair = next(label for label, targets in zip(data.conditions, data.targets) if (targets >= 0).sum() == 2)
+    genes_of, _ = evaluation.read_perturbations(["DEMO001+ctrl", pair], data, None)
+    assert genes_of == {"DEMO001+ctrl": ["DEMO001"], pair: pair.split("+")}
+
+
+# --- cell by cell
+
+@pytest.fixture(scope="module")
+def cells(results, tmp_path_factory):
+    """Folders with what --cells wrote for the held-out conditions and for --predict, read by anndata."""
+    anndata = pytest.importorskip("anndata")
+    root = tmp_path_factory.mktemp("cells")
+    for name in ("data", "runs"):
+        (root / name).symlink_to(results.root / name)
+    run_script("05_eval.py", "--run", "scgpt", "--controls", 3, "--cells", root=root)
+    run_script("05_eval.py", "--run", "scgpt", "--controls", 3, "--cells", "--predict", "DEMO001+ctrl", "DEMO002+DEMO003", root=root)
+    return lambda name: anndata.read_h5ad(root / "results/demo" / name)
+
+
+def test_cells_of_a_model_and_the_measured_ones_are_a_pair_that_cell_eval_accepts(results, cells):
+    predicted, measured = cells("predictions/scgpt.seed42.cells.h5ad"), cells("predictions/measured.cells.h5ad")
+    assert predicted.var_names.equals(measured.var_names) and predicted.var_names.tolist() == results.data.genes.tolist()
+    assert set(predicted.obs["condition"]) == set(measured.obs["condition"]) == {"ctrl", *results.data.conditions[results.data.split == "test"]}
+    assert predicted.obs_names.is_unique and measured.obs_names.is_unique
+    assert predicted.X.min() == 0 and predicted.X.max() < 15 and measured.X.max() < 15
+
+
+def test_cells_are_the_control_cells_as_measured_and_what_was_predicted_for_each(results, cells):
+    predicted, measured, means = (cells(f"predictions/{name}.h5ad") for name in ("scgpt.seed42.cells", "measured.cells", "scgpt.seed42"))
+    np.testing.assert_array_equal(predicted[predicted.obs["condition"] == "ctrl"].X, measured[measured.obs["condition"] == "ctrl"].X.toarray())
+    for condition in means.obs["condition"][::9]:
+        rows = predicted[predicted.obs["condition"] == condition].X
+        high = rows.min(0) > 0  # where nothing was cut at 0
+        assert len(rows) == 3 and high.sum() > 64
+        np.testing.assert_allclose(rows.mean(0)[high], means[condition].X[0, high], rtol=1e-4)
+        true = measured[measured.obs["condition"] == condition].X.toarray().mean(0)
+        np.testing.assert_allclose(true, results.data.mean[results.data.conditions.tolist().index(condition)], rtol=1e-4, atol=1e-6)
+
+
+def test_cells_of_chosen_perturbations_stand_beside_their_controls_for_every_model(cells):
+    predicted, means = cells("predicted.cells.h5ad"), cells("predicted.h5ad")
+    counts = predicted.obs.groupby(["condition", "model", "seed"], observed=True).size()
+    assert len(predicted) == 3 * 3 * 2 and set(counts) == {3} and set(predicted.obs["condition"]) == {"ctrl", "DEMO001+ctrl", "DEMO002+DEMO003"}
+    ctrl = predicted[(predicted.obs["condition"] == "ctrl") & (predicted.obs["seed"] == 42)]
+    np.testing.assert_allclose(ctrl.X.mean(0), means.layers["control"][0], rtol=1e-5)
+
+
+def test_files_for_anndata_carry_what_they_were_made_from(results, cells):
+    table = cells("predictions/scgpt.seed42.h5ad")
+    assert {"description", "control", "command", "date", "versions", "made_from"} == set(table.uns) and "SYNTHETIC" in table.uns["description"]
+    np.testing.assert_allclose(table.layers["delta"], table.X - results.data.mean[results.data.split == "ctrl"], atol=1e-6)
 
 
 def test_a_target_that_the_dataset_lacks_joins_with_its_token_and_its_language_vector(results, evaluation, tmp_path):
@@ -336,9 +399,10 @@ def test_a_target_that_the_dataset_lacks_joins_with_its_token_and_its_language_v
         vector = file["vectors"][0]
     vocab_fingerprint = hashlib.sha256((tmp_path / "vocab.json").read_bytes()).hexdigest()
     data = SimpleNamespace(genes=np.array(["A", "B"], dtype=object), token_ids=np.array([0, 1]), measured=np.ones(2, dtype=bool), pad_id=3,
-                           mean=np.ones((1, 2)), X=sparse.csr_matrix(np.ones((4, 2))), vocab=vocab_fingerprint)
-    labels, new = evaluation.read_perturbations(["A+NEW"], data, tmp_path / "vocab.json")
-    assert (labels, new) == (["A+NEW"], ["NEW"]) and data.token_ids.tolist() == [0, 1, 2] and data.measured.tolist() == [True, True, False]
+                           mean=np.ones((1, 2)), X=sparse.csr_matrix(np.ones((4, 2))), vocab=vocab_fingerprint, control="ctrl",
+                           conditions=["ctrl"], targets=np.array([[-1]]))
+    genes_of, new = evaluation.read_perturbations(["A+NEW"], data, tmp_path / "vocab.json")
+    assert (genes_of, new) == ({"A+NEW": ["A", "NEW"]}, ["NEW"]) and data.token_ids.tolist() == [0, 1, 2] and data.measured.tolist() == [True, True, False]
     torch.manual_seed(0)
     net = model.ScGenePT(model.Config(n_tokens=4, pad_id=3, d_model=8, n_heads=2, d_hid=8, n_layers=1, languages={"s": 5}, n_language_rows=2)).eval()
     net.set_language([0, 1], {"s": rng.normal(size=(2, 5)).astype(np.float32)})

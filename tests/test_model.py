@@ -283,3 +283,14 @@ def test_model_py_works_alone_in_an_empty_folder(tmp_path):
             "assert not {'h5py', 'scipy', 'requests'} & set(sys.modules)\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_torch_export_takes_the_network_as_it_is_for_any_number_of_cells_and_genes():
+    torch.manual_seed(0)
+    net = model.ScGenePT(small(languages={"go": 6}, n_language_rows=30)).eval()
+    net.language_rows.copy_(torch.arange(30))
+    cells, genes = torch.export.Dim("cells"), torch.export.Dim("genes")
+    program = torch.export.export(net, (torch.arange(12), torch.rand(3, 12), torch.zeros(3, 12, dtype=torch.bool)),
+                                  dynamic_shapes=({0: genes}, {0: cells, 1: genes}, {0: cells, 1: genes})).module()
+    others = torch.randperm(30)[:20], torch.rand(5, 20), torch.rand(5, 20) > 0.8
+    torch.testing.assert_close(program(*others), net(*others))

@@ -428,6 +428,8 @@ def test_bad_options_are_one_line(root, args, message):
 
 
 def test_vectors_that_are_not_there_name_the_command_that_makes_them(root):
+    error = error_of("04_train.py", "--variant", "scgenept_ncbi", "--dataset", "mine", root=root)
+    assert "run first: python 02_embed.py --dataset mine --source ncbi" in error
     (root / "data").unlink()
     assert "run first: python 02_embed.py --source go_all" in error_of("04_train.py", root=root)
 
