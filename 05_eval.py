@@ -329,7 +329,7 @@ def summarize(rows):
     a seed's value is the mean over conditions, `all` takes all of them."""
     by_seed = {}
     for model, seed, _, subgroup, metric, value in rows:
-        for group in {"all", subgroup or "all"}:
+        for group in dict.fromkeys(["all", subgroup or "all"]):  # in this order, not that of a set, which changes from run to run
             by_seed.setdefault((model, group, metric), {}).setdefault(seed, []).append(value)
     return {key: (*metrics.interval95([np.mean(values) for values in seeds.values()]), len(seeds)) for key, seeds in by_seed.items()}
 
