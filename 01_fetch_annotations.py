@@ -25,6 +25,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -66,8 +67,12 @@ def run(main):
         main()
     except OSError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from what is already on disk")
+    except (KeyboardInterrupt, RuntimeError, ImportError) as error:
+        while error and not isinstance(error, KeyboardInterrupt):  # an interrupted import may end in another error
+            error = error.__cause__ or error.__context__
+        if not error:
+            raise
+        sys.exit("interrupted; the same command (without --force) goes on from what is already on disk")
 
 
 def common_options(parser):
@@ -138,8 +143,26 @@ def replacing(path):
     try:
         yield partial
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path}: {cause.strerror or cause}; what was there before is as it was") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Let Ctrl-C take effect at the end of the block: HDF5 does not get over it in the middle of writing."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class H5Target(io.FileIO):
@@ -172,7 +195,7 @@ class H5Target(io.FileIO):
 @contextlib.contextmanager
 def write_h5(path, made):
     """Yield a new HDF5 file with its provenance attributes; it becomes `path` when the block ends without an error."""
-    with replacing(path) as partial, H5Target(partial, "w+") as target, h5py.File(target, "w") as file:
+    with uninterrupted(), replacing(path) as partial, H5Target(partial, "w+") as target, h5py.File(target, "w") as file:
         file.attrs.update(provenance(made))
         yield file
 

@@ -328,6 +328,11 @@ def train(run, net, data, options, seed, device, rank, n_processes):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
     log, best_epoch, best_val = [], 0, math.inf
+
+    def save_best():
+        with shared.replacing(run / "model.pt") as partial:
+            model_file.save(net, partial)
+
     if (run / "state.pt").exists():
         try:
             state = torch.load(run / "state.pt", map_location=device, weights_only=True)
@@ -339,7 +344,7 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         if rank == 0:
             print(f"  goes on after epoch {len(log)}")
             if best_epoch == len(log):  # it may have been killed between state.pt and model.pt
-                model_file.save(net, run / "model.pt")
+                save_best()
     parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net)
 
     def errors(predict, cells, genes):
@@ -401,11 +406,11 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         if rank == 0:
             print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f}{' *' if best_epoch == epoch else '  '}  "
                   f"{seconds:.1f} s  {n_cells / seconds:,.0f} cells/s", flush=True)
-            with shared.replacing(run / "state.pt") as partial:  # the truth after a kill; model.pt and log.csv follow from it
+            with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:  # the truth after a kill; model.pt and log.csv follow from it
                 torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                            "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, partial)
+                            "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, file)
             if best_epoch == epoch:
-                model_file.save(net, run / "model.pt")
+                save_best()
             write_log(run / "log.csv", log)
     if rank == 0:
         write_log(run / "log.csv", log)
@@ -530,7 +535,11 @@ def main():
                   f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
             if args.compile:
                 net.compile()
-            best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
+            try:
+                best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
+            except KeyboardInterrupt:
+                kept = f"the last whole epoch, {run / 'state.pt'}" if (run / "state.pt").exists() else "the beginning: no epoch was finished yet"
+                sys.exit(f"interrupted; the same command (without --force) goes on from {kept}")
             print(f"  best epoch {best_epoch}, validation MSE {best_val:.5f}")
             if rank == 0:
                 shared.write_text(run / "config.json", json.dumps(config | {"n_parameters": n_parameters, "best_epoch": best_epoch,

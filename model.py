@@ -263,7 +263,8 @@ def save(model, path):
     partial = f"{path}.{os.getpid()}.tmp"
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     try:
-        torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, partial)
+        with open(partial, "wb") as file:
+            torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, file)
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
