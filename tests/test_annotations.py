@@ -405,7 +405,7 @@ def services(method, path, headers, body):
     """E-utilities with N_GENES genes, every tenth without a summary, and UniProt's table."""
     asked = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
     if path.startswith(UNIPROT):
-        return 200, {}, gzip.compress(PROTEINS.encode())
+        return 200, {}, gzip.compress(PROTEINS.encode(), mtime=0)
     if path.startswith(EUTILS + "esearch.fcgi"):
         assert asked["usehistory"] == "y" and asked["term"] == "9606[taxid] AND alive[prop]" and asked["db"] == "gene"
         answer = {"esearchresult": {"count": str(N_GENES), "querykey": "1", "webenv": "MCID_1"}}
