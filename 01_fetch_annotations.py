@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -218,15 +219,54 @@ def open_h5(path, made_by, keys=()):
     path = Path(path)
     if not path.exists():
         sys.exit(f"error: {path} does not exist; run first: python {made_by}")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        sys.exit(f"error: {path}: not a whole HDF5 file ({error}); make it again: python {made_by} --force")
-    with file:
+    with damage_in(path, f"make it again: python {made_by} --force"), h5py.File(path, "r") as file:
         for key in keys:
-            if key not in file:
+            if find(file, key, path) is None:
                 sys.exit(f"error: {path}: no {key!r} in it; make it again: python {made_by} --force")
         yield file
+
+
+@contextlib.contextmanager
+def damage_in(path, remedy="get it again from its source"):
+    """What h5py raises in the block, which only reads, ends the run in one line. Which of these it raises depends on what is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        sys.exit(f"error: {path}: not a whole HDF5 file, or a damaged one ({' '.join(str(error).split())}); {remedy}")
+
+
+def find(group, name, path):
+    """The group or dataset `name` of an HDF5 group (`A/B`: B of its group A), or None.
+
+    Ends the run on what no file of cells, texts or vectors needs and a stranger's may hold: links and data that lie elsewhere
+    (neither is ever followed), sizes far beyond what the file stores, chunks that fill the memory.
+    """
+    with damage_in(path):
+        found = group
+        for part in filter(None, name.split("/")):
+            key = part.encode(errors="surrogateescape")
+            if not isinstance(found, h5py.Group) or not found.id.links.exists(key):
+                return None
+            if found.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+                sys.exit(f"error: {path}: {name[:100]!r} is a link, and links are not followed; write the file anew without them")
+            found = found[part]
+        if isinstance(found, h5py.Dataset):
+            if found.is_virtual or found.external:
+                sys.exit(f"error: {path}: the data of {name[:100]!r} lies in other files, which are not read; write it anew as one")
+            stored, chunk = found.id.get_storage_size(), math.prod(found.chunks or ()) * found.dtype.itemsize
+            if found.nbytes > max(2**26, 1000 * stored) or chunk > 2**29:  # gzip packs zeros 1,000 times, and nothing better
+                sys.exit(f"error: {path}: {name[:100]!r} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, "
+                         f"and the file stores {stored / 1e6:,.1f} MB of it: damaged, or made to fill the memory")
+        return found
+
+
+def read_embeddings(path, made_by):
+    """The genes (N) and vectors (N, d) of an embedding file."""
+    with open_h5(path, made_by, ("genes", "vectors")) as file:
+        genes, vectors = file["genes"].asstr()[:], file["vectors"][:]
+        if vectors.dtype.kind != "f" or vectors.ndim != 2 or len(vectors) != len(set(genes)) or not vectors.size or not np.isfinite(vectors).all():
+            raise ValueError("vectors is not a finite array with a row for every gene")
+    return genes, vectors
 
 
 def is_current(path, made, force, key="/"):
@@ -237,14 +277,15 @@ def is_current(path, made, force, key="/"):
     try:
         with h5py.File(path, "r") as file:
             old = file[key].attrs.get("made_from") if key in file else None
-    except OSError:
+        words = difference(old, made) if old not in (None, made) else ""
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
         print(f"{path}: not a whole HDF5 file, made again")
         return False
     label = "" if key == "/" else f" {key}"
     if old == made:
         print(f"{path}{label}: there already, from the same inputs and options (--force makes it again)")
     elif old is not None:
-        print(f"{path}{label}: stale, made again ({difference(old, made)})")
+        print(f"{path}{label}: stale, made again ({words})")
     return old == made
 
 
@@ -549,7 +590,7 @@ def read_json(path, kind):
             if not isinstance(value, kind):
                 raise ValueError(f"the value of {name!r} is no {kind.__name__}")
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, and the two above
-        sys.exit(f"error: {path}: {error}; {MEND}")
+        sys.exit(f"error: {path}: not JSON, or not what belongs there ({error}); {MEND}")
     return entries
 
 
@@ -706,7 +747,7 @@ def read_fresh(summaries, uniprot=None):
                 _, gene, summary = json.loads(line)
                 if gene and summary:
                     texts.setdefault(gene, "Gene Symbol " + gene + " " + summary)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             sys.exit(f"error: {summaries}, line {number}: {error}; delete the file, the next run fetches it again")
     for number, line in read_lines(uniprot) if uniprot else ():
         columns = line.split("\t")
@@ -745,10 +786,10 @@ def in_order(sources):
 def report(path, vocab):
     """Print how many genes each source of annotations.h5 has text for, how many of them scGPT's vocabulary (if `vocab` is
     there) and each other source has, by exact symbol: the paper's Table 21."""
-    with h5py.File(path, "r") as file:
-        genes = {source: set(file[source]["genes"].asstr()) for source in in_order(file)}
+    with open_h5(path, "01_fetch_annotations.py") as file:
+        genes = {source: set(find(file, f"{source}/genes", path).asstr()[:]) for source in in_order(file)}
     columns = {"genes": None, **({"scGPT vocab": set(read_json(vocab, int))} if vocab.exists() else {}), **genes}
-    width = max(map(len, genes))
+    width = max(map(len, genes), default=0)
     print(f"{'':{width}}  " + "  ".join(f"{name:>{max(7, len(name))}}" for name in columns))
     for source, own in genes.items():
         counts = {name: len(own if other is None else own & other) for name, other in columns.items()}
@@ -759,11 +800,11 @@ def draw(path, figure_path, title):
     """Draw the number of genes with text of each source, and each GO category's 20 commonest terms (the paper's Figures 4
     and 5)."""
     from matplotlib.figure import Figure  # no pyplot: no display, no window, no backend to choose
-    with h5py.File(path, "r") as file:
+    with open_h5(path, "01_fetch_annotations.py") as file:
         panels = [("Genes with text", [(source, len(file[source]["genes"])) for source in in_order(file)], "#0072B2")]
         for source, color in zip(GO_PREFIX, ("#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's colours
             if source in file:
-                terms, counts = np.unique(file[source]["terms"][:], return_counts=True)
+                terms, counts = np.unique(find(file, f"{source}/terms", path)[:], return_counts=True)
                 bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
                 panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
     figure = Figure(figsize=(9 * min(len(panels), 2), 5.5 * ((len(panels) + 1) // 2)), layout="constrained")
@@ -802,7 +843,7 @@ def recorded(path, source, decides, inputs):
     """`made_from` of a source as of now; for files that were downloaded once and deleted since, with their fingerprints as
     of then: a finished output needs no network to know that it is current."""
     made = json.loads(made_from(decides, [file for file, url in inputs.items() if not url or file.exists()]))
-    with contextlib.suppress(OSError, KeyError), h5py.File(path, "r") as file:
+    with contextlib.suppress(OSError, LookupError, ValueError, TypeError, AttributeError), h5py.File(path, "r") as file:
         old = json.loads(file[source].attrs["made_from"])["inputs"]
         made["inputs"] |= {file.name: old[file.name] for file in inputs if not file.exists() and file.name in old}
     return json.dumps(made, sort_keys=True)
