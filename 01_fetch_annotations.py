@@ -337,8 +337,7 @@ def request(url, path, read, headers=dict, params=None):
             cause = cause_of(error)
         except requests.RequestException as error:  # an address that cannot be, redirects without end
             cause, again = cause_of(error), False
-        if params and params.get("api_key"):
-            cause = cause.replace(params["api_key"], "...")
+        cause = without((params or {}).get("api_key", ""), cause)
         if not again or tries == TRIES or wait > LONGEST_WAIT:
             cause += f" (the server asks to wait {wait:,.0f} s)" if again and wait > LONGEST_WAIT else ""
             cause += "; the same command goes on from here" if again else ""
@@ -346,6 +345,12 @@ def request(url, path, read, headers=dict, params=None):
         wait = max(wait, FIRST_WAIT * 2 ** (tries - 1))
         print(f"{mirrored(url)}: {cause}; next try in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
+
+
+def without(key, text):
+    """A message on one line, with every word that shows four characters of the key in a row left out."""
+    pieces = {key[i:i + 4] for i in range(len(key) - 3)}
+    return " ".join("***" if any(piece in word for piece in pieces) else word for word in str(text).split())[:300]
 
 
 def cause_of(error):

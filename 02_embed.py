@@ -489,9 +489,9 @@ def request(client, model, batch, key, stop):
                 sys.exit(f"error: {client.base_url}: vectors of no length, or with numbers that are not finite")
             return vectors
         except openai.APIConnectionError as error:
-            reason, wait = f"no answer ({without(key, error.__cause__ or error)})", 0
+            reason, wait = f"no answer ({stage01.without(key, error.__cause__ or error)})", 0
         except openai.APIStatusError as error:
-            reason, wait = f"status {error.status_code}: {without(key, error.message)}", stage01.retry_after(error.response)
+            reason, wait = f"status {error.status_code}: {stage01.without(key, error.message)}", stage01.retry_after(error.response)
             if error.status_code in (401, 403):  # such answers quote parts of the key
                 sys.exit(f"error: {client.base_url} refuses the key ({error.status_code}); check OPENAI_API_KEY")
             if error.status_code == 404:
@@ -500,19 +500,13 @@ def request(client, model, batch, key, stop):
             if (error.status_code < 500 and error.status_code not in (408, 409, 429)) or error.code == "insufficient_quota":
                 sys.exit(f"error: {client.base_url}: {reason}")
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
-            sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({without(key, error)})")
+            sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({stage01.without(key, error)})")
         if stop.is_set() or attempt == N_ATTEMPTS - 1:
             break
         wait = max(wait, 2 ** attempt / 2)
         print(f"{client.base_url}: {reason}; next try in {wait:.0f} s", file=sys.stderr)
         stop.wait(wait)
     sys.exit(f"error: {client.base_url}: {reason}; the same command goes on from what is already on disk")
-
-
-def without(key, text):
-    """A message on one line, with every word that shows four characters of the key in a row left out."""
-    pieces = {key[i:i + 4] for i in range(len(key) - 3)}
-    return " ".join("***" if any(piece in word for piece in pieces) else word for word in str(text).split())[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -457,6 +457,22 @@ def test_fresh_continues_after_sigkill_with_the_page_that_is_missing_and_the_key
     assert KEY not in printed and KEY.encode() not in written
 
 
+@pytest.mark.parametrize("fault", [
+    {"status": 400, "body": f"no such key: {KEY}".encode()},
+    {"body": b'{"error": "%s"}' % KEY.encode()},
+    {"status": 302, "headers": {"Location": f"http://127.0.0.1:9/{KEY}?api_key={KEY}"}},
+    {"status": 302, "headers": {"Location": f"http://{KEY[:10]}.invalid/"}},
+    {"status": 302, "headers": {"Location": f"nothing://{KEY}"}}], ids=["400", "another form", "nobody there", "no such host", "no such protocol"])
+def test_no_part_of_the_key_is_shown_whatever_the_service_answers(tmp_path, fault):
+    with Server(hook=services) as server:
+        server.misbehave(EUTILS + "esummary.fcgi", {}, *[fault] * 6)
+        process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
+        printed = "".join(process.communicate())
+    everything = printed.encode() + b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert process.returncode == 1 and "error: " in printed and "esummary" in printed
+    assert not any(KEY[i:i + 8].encode() in everything for i in range(len(KEY) - 7))
+
+
 def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
     raw = tmp_path / "data/human/raw"
     raw.mkdir(parents=True)

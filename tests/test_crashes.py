@@ -1,5 +1,5 @@
-"""Runs that end too soon: killed, interrupted, or on a full disk. What they leave behind is whole, and the same command goes on to the
-very results of a run that nothing happened to."""
+"""The same command gives the same results. Also after runs that end too soon: killed, interrupted, or on a full disk. What those leave
+behind is whole."""
 import csv
 import importlib
 import itertools
@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import command_of
+from conftest import command_of, run_process
 from server import Server
-from test_annotations import FILES, services
+from test_annotations import FILES, KEY, services
 from test_embed import Api, serving
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -32,7 +32,7 @@ RUN = "runs/demo/scgenept_go_c/seed42"
 STAGES = {"01_fetch_annotations.py": [], "02_embed.py": ["--source", "go_c", "go_all"], "03_prepare_data.py": [], "04_train.py": TRAINING,
           "05_eval.py": ["--controls", 2]}
 FRESH = ["--dataset", "norman", "--source", "ncbi", "ncbi+uniprot", "go_all", "--fresh"]
-CHANGES = {"date", "command", "seconds", "cells_per_second"}  # from run to run
+CHANGES = {"date", "command", "seconds", "cells_per_second", "versions"}  # from run to run; versions: of what start() has in memory
 SOAK = pytest.param(20, marks=pytest.mark.soak)
 
 
@@ -168,6 +168,15 @@ def killed_and_run_again(run, before, root, first, end, result, n_kills, rng, go
     return n_begun
 
 
+# --- again
+
+@pytest.mark.parametrize("script", STAGES)
+def test_the_same_command_in_another_folder_gives_the_same_results(whole, tmp_path, script):
+    root = shutil.copytree(whole[script].before, tmp_path / "root")
+    run_process(script, *STAGES[script], root=root, env={"PYTHONHASHSEED": "1"})
+    assert contents(root) == whole[script].result
+
+
 # --- killed
 
 @pytest.mark.parametrize("n_kills", [3, SOAK])
@@ -204,11 +213,15 @@ def test_downloads_and_answers_of_services_are_asked_for_once_however_often_the_
     nothing.mkdir()
     with Server(FILES, hook=services) as server:
         def run(root):
-            return start("01_fetch_annotations.py", *FRESH, root=root, SCGENEPT_MIRROR=server.url, NCBI_API_KEY="0123secret0123")
+            return start("01_fetch_annotations.py", *FRESH, root=root, SCGENEPT_MIRROR=server.url, NCBI_API_KEY=KEY)
         first, end = timed(run(shutil.copytree(nothing, whole)), whole)
         n_requests = len(server.requests)
+        run_process("01_fetch_annotations.py", *FRESH, root=root, env={"SCGENEPT_MIRROR": server.url, "NCBI_API_KEY": KEY, "PYTHONHASHSEED": "1"})
+        assert contents(root) == contents(whole)
+        shutil.rmtree(root)
+        server.requests.clear()
         n_begun = killed_and_run_again(lambda: run(root), nothing, root, first, end, contents(whole), n_kills, random.Random(1))
-    assert len(server.requests) <= (1 + n_begun) * n_requests + 2 * n_kills  # what was under way, and the search whose pages are asked for
+    assert len(server.requests) <= n_begun * n_requests + 2 * n_kills  # what was under way, and the search whose pages are asked for
 
 
 @pytest.mark.parametrize("n_kills", [3, SOAK])
