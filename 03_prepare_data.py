@@ -22,6 +22,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -323,6 +324,9 @@ def as_h5ad(path, folder):
     if not zipfile.is_zipfile(path):
         yield path
         return
+    for leftover in folder.glob(".unpacked-*"):  # of a run that was killed
+        if time.time() - leftover.stat().st_mtime > 86400:
+            shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary:
         yield unpack(path, Path(temporary) / "cells.h5ad")
 

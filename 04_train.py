@@ -64,16 +64,17 @@ def load_dataset(path, made_by):
                                n_tokens=int(file.attrs["n_tokens"]), pad_id=int(file.attrs["pad_id"]))
         n_cells, n_genes, (n_conditions, most) = len(data.cell_condition), len(data.genes), data.targets.shape
         for name, (kind, shape, low, high) in {  # what the rest of the script takes for granted
-                "token_ids": ("i", (n_genes,), 0, data.n_tokens), "measured": ("b", (n_genes,), 0, 2), "mean": ("f", (n_conditions, n_genes), -1e9, 1e9),
-                "cell_condition": ("i", (n_cells,), 0, n_conditions), "targets": ("i", (n_conditions, most), -1, n_genes),
-                "de_idx": ("i", (n_conditions, 20), -1, n_genes)}.items():
+                "token_ids": ("i", (n_genes,), 0, data.n_tokens), "measured": ("b", (n_genes,), 0, 2),
+                "mean": ("f", (n_conditions, n_genes), -1e9, 1e9), "cell_condition": ("i", (n_cells,), 0, n_conditions),
+                "targets": ("i", (n_conditions, most), -1, n_genes), "de_idx": ("i", (n_conditions, 20), -1, n_genes)}.items():
             array = getattr(data, name)
             if array.dtype.kind != kind or array.shape != shape or not ((low <= array) & (array < high)).all():
                 raise ValueError(f"{name} does not fit the rest")
         names = data.conditions, data.split, data.subgroup
         if any(texts.shape != (n_conditions,) for texts in names) or set(data.split) != {"train", "val", "test", "ctrl"} or \
-                (data.split == "ctrl").sum() != 1 or ((data.targets >= 0).any(1) == (data.split == "ctrl")).any() or not np.bincount(data.cell_condition, minlength=n_conditions).all() or \
-                not data.measured.any() or not data.pad_id < data.n_tokens <= 10**6:
+                (data.split == "ctrl").sum() != 1 or ((data.targets >= 0).any(1) == (data.split == "ctrl")).any() or \
+                not np.bincount(data.cell_condition, minlength=n_conditions).all() or not data.measured.any() or \
+                not 0 <= data.pad_id < data.n_tokens <= 10**6:
             raise ValueError("conditions, split and cells do not fit")
         X = file["X"]
         data.X = sparse.csr_matrix((X["data"][:], X["indices"][:], X["indptr"][:]), shape=(n_cells, n_genes))
@@ -352,7 +353,8 @@ def train(run, net, data, options, seed, device, rank, n_processes):
             state = torch.load(run / "state.pt", map_location=device, weights_only=True)
             for part, name in ((net, "model"), (optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
                 part.load_state_dict(state[name])
-            log, best_epoch, best_val = [{column: row[column] for column in LOG_COLUMNS} for row in state["log"]], state["best_epoch"], state["best_val"]
+            log = [{column: row[column] for column in LOG_COLUMNS} for row in state["log"]]
+            best_epoch, best_val = state["best_epoch"], state["best_val"]
             if not 0 <= best_epoch <= len(log) or not best_val > 0:
                 raise ValueError("no whole epoch in it")
         except Exception as error:  # torch raises many kinds
@@ -422,7 +424,8 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         if rank == 0:
             print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f}{' *' if best_epoch == epoch else '  '}  "
                   f"{seconds:.1f} s  {n_cells / seconds:,.0f} cells/s", flush=True)
-            with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:  # the truth after a kill; model.pt and log.csv follow from it
+            # the truth after a kill; model.pt and log.csv follow from it
+            with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:
                 torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                             "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, file)
             if best_epoch == epoch:

@@ -1,10 +1,8 @@
 """Stage 01 as a process: the demo's texts, own texts, and human genes from a local server in the place of the real ones."""
 import gzip
 import hashlib
-import importlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -334,44 +332,6 @@ def test_a_damaged_output_is_made_again(human, tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     assert "not a whole HDF5 file, made again" in made(root, "--source", "ncbi")
     assert texts(root, "ncbi") == NCBI_TEXTS
-
-
-def mutated(content, rng):
-    """Bytes with one to four places changed, cut out, put in, or everything after them gone."""
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(content) + 1)
-        end = rng.choice([at, at + 1, at + rng.randrange(30), len(content)])
-        content[at:end] = rng.choice([b"", rng.randbytes(rng.randrange(6)), b"\n", b"\t", b'"', b"[", b"{}", b"null", b"1"])
-    return bytes(content)
-
-
-@pytest.mark.parametrize("kind", ["gaf", "gaf.gz", "obo", "json", "tsv", "jsonl", "uniprot"])
-def test_whatever_stands_in_a_file_it_is_read_or_refused_in_one_line(tmp_path, kind):
-    stage = importlib.import_module("01_fetch_annotations")
-    pages = b'{"n_genes": 2}\n["0", "GENE0", ""]\n["1", "GENE1", "Summary 1."]\n'
-    for name, content in (("ok.obo", FILES[OBO]), ("ok.gaf", ANNOTATIONS.encode()), ("ok.jsonl", pages)):
-        (tmp_path / name).write_bytes(content)
-    path = tmp_path / kind
-    content, read = {
-        "gaf": (ANNOTATIONS.encode(), lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
-        "gaf.gz": (FILES[GAF], lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
-        "obo": (FILES[OBO], lambda: stage.read_go("go_all", tmp_path / "ok.gaf", path)),
-        "json": (json.dumps(NCBI_TEXTS).encode(), lambda: stage.read_released(path)),
-        "tsv": (b"gene\ttext\nA\tb\nC\td\n", lambda: stage.read_tsv(path)),
-        "jsonl": (pages, lambda: stage.read_fresh(path)),
-        "uniprot": (PROTEINS.encode(), lambda: stage.read_fresh(tmp_path / "ok.jsonl", path)),
-    }[kind]
-    rng = random.Random(kind)
-    for _ in range(100):
-        path.write_bytes(mutated(content, rng))
-        stage.read_annotations.cache_clear()
-        try:
-            genes, found, _ = read()
-        except SystemExit as end:
-            assert str(end).startswith("error: ") and "\n" not in str(end)
-        else:
-            assert all(isinstance(part, str) for part in genes + found) and len(genes) == len(found)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")

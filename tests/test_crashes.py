@@ -26,7 +26,8 @@ from test_annotations import FILES, KEY, services
 from test_embed import Api, serving
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "openai", "scipy.sparse", "tqdm", "test_crashes"])
+FORKSERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "openai", "scipy.sparse", "tqdm",
+                                   "test_crashes"])
 TRAINING = ["--variant", "scgenept_go_c", "--epochs", 3, "--dropout", 0.1, "--batch-size", 128, "--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16]
 RUN = "runs/demo/scgenept_go_c/seed42"
 STAGES = {"01_fetch_annotations.py": [], "02_embed.py": ["--source", "go_c", "go_all"], "03_prepare_data.py": [], "04_train.py": TRAINING,
