@@ -22,10 +22,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -69,8 +71,12 @@ def run(main):
         main()
     except OSError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from what is already on disk")
+    except (KeyboardInterrupt, RuntimeError, ImportError) as error:
+        while error and not isinstance(error, KeyboardInterrupt):  # an interrupted import may end in another error
+            error = error.__cause__ or error.__context__
+        if not error:
+            raise
+        sys.exit("interrupted; the same command (without --force) goes on from what is already on disk")
 
 
 def common_options(parser):
@@ -148,8 +154,26 @@ def replacing(path):
     try:
         yield partial
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"{path}: {cause.strerror or cause}; what was there before is as it was") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Let Ctrl-C take effect at the end of the block: HDF5 does not get over it in the middle of writing."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class H5Target(io.FileIO):
@@ -182,7 +206,7 @@ class H5Target(io.FileIO):
 @contextlib.contextmanager
 def write_h5(path, made):
     """Yield a new HDF5 file with its provenance attributes; it becomes `path` when the block ends without an error."""
-    with replacing(path) as partial, H5Target(partial, "w+") as target, h5py.File(target, "w") as file:
+    with uninterrupted(), replacing(path) as partial, H5Target(partial, "w+") as target, h5py.File(target, "w") as file:
         file.attrs.update(provenance(made))
         yield file
 
@@ -205,15 +229,54 @@ def open_h5(path, made_by, keys=()):
     path = Path(path)
     if not path.exists():
         sys.exit(f"error: {path} does not exist; run first: python {made_by}")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        sys.exit(f"error: {path}: not a whole HDF5 file ({error}); make it again: python {made_by} --force")
-    with file:
+    with damage_in(path, f"make it again: python {made_by} --force"), h5py.File(path, "r") as file:
         for key in keys:
-            if key not in file:
+            if find(file, key, path) is None:
                 sys.exit(f"error: {path}: no {key!r} in it; make it again: python {made_by} --force")
         yield file
+
+
+@contextlib.contextmanager
+def damage_in(path, remedy="get it again from its source"):
+    """What h5py raises in the block, which only reads, ends the run in one line. Which of these it raises depends on what is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        sys.exit(f"error: {path}: not a whole HDF5 file, or a damaged one ({' '.join(str(error).split())}); {remedy}")
+
+
+def find(group, name, path):
+    """The group or dataset `name` of an HDF5 group (`A/B`: B of its group A), or None.
+
+    Ends the run on what no file of cells, texts or vectors needs and a stranger's may hold: links and data that lie elsewhere
+    (neither is ever followed), sizes far beyond what the file stores, chunks that fill the memory.
+    """
+    with damage_in(path):
+        found = group
+        for part in filter(None, name.split("/")):
+            key = part.encode(errors="surrogateescape")
+            if not isinstance(found, h5py.Group) or not found.id.links.exists(key):
+                return None
+            if found.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+                sys.exit(f"error: {path}: {name[:100]!r} is a link, and links are not followed; write the file anew without them")
+            found = found[part]
+        if isinstance(found, h5py.Dataset):
+            if found.is_virtual or found.external:
+                sys.exit(f"error: {path}: the data of {name[:100]!r} lies in other files, which are not read; write it anew as one")
+            stored, chunk = found.id.get_storage_size(), math.prod(found.chunks or ()) * found.dtype.itemsize
+            if found.nbytes > max(2**26, 1000 * stored) or chunk > 2**29:  # gzip packs zeros 1,000 times, and nothing better
+                sys.exit(f"error: {path}: {name[:100]!r} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, "
+                         f"and the file stores {stored / 1e6:,.1f} MB of it: damaged, or made to fill the memory")
+        return found
+
+
+def read_embeddings(path, made_by):
+    """The genes (N) and vectors (N, d) of an embedding file."""
+    with open_h5(path, made_by, ("genes", "vectors")) as file:
+        genes, vectors = file["genes"].asstr()[:], file["vectors"][:]
+        if vectors.dtype.kind != "f" or vectors.ndim != 2 or len(vectors) != len(set(genes)) or not vectors.size or not np.isfinite(vectors).all():
+            raise ValueError("vectors is not a finite array with a row for every gene")
+    return genes, vectors
 
 
 def is_current(path, made, force, key="/"):
@@ -224,14 +287,15 @@ def is_current(path, made, force, key="/"):
     try:
         with h5py.File(path, "r") as file:
             old = file[key].attrs.get("made_from") if key in file else None
-    except OSError:
+        words = difference(old, made) if old not in (None, made) else ""
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
         print(f"{path}: not a whole HDF5 file, made again")
         return False
     label = "" if key == "/" else f" {key}"
     if old == made:
         print(f"{path}{label}: there already, from the same inputs and options (--force makes it again)")
     elif old is not None:
-        print(f"{path}{label}: stale, made again ({difference(old, made)})")
+        print(f"{path}{label}: stale, made again ({words})")
     return old == made
 
 
@@ -283,8 +347,7 @@ def request(url, path, read, headers=dict, params=None):
             cause = cause_of(error)
         except requests.RequestException as error:  # an address that cannot be, redirects without end
             cause, again = cause_of(error), False
-        if params and params.get("api_key"):
-            cause = cause.replace(params["api_key"], "...")
+        cause = without((params or {}).get("api_key", ""), cause)
         if not again or tries == TRIES or wait > LONGEST_WAIT:
             cause += f" (the server asks to wait {wait:,.0f} s)" if again and wait > LONGEST_WAIT else ""
             cause += "; the same command goes on from here" if again else ""
@@ -292,6 +355,12 @@ def request(url, path, read, headers=dict, params=None):
         wait = max(wait, FIRST_WAIT * 2 ** (tries - 1))
         print(f"{mirrored(url)}: {cause}; next try in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
+
+
+def without(key, text):
+    """A message on one line, with every word that shows four characters of the key in a row left out."""
+    pieces = {key[i:i + 4] for i in range(len(key) - 3)}
+    return " ".join("***" if any(piece in word for piece in pieces) else word for word in str(text).split())[:300]
 
 
 def cause_of(error):
@@ -536,7 +605,7 @@ def read_json(path, kind):
             if not isinstance(value, kind):
                 raise ValueError(f"the value of {name!r} is no {kind.__name__}")
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, and the two above
-        sys.exit(f"error: {path}: {error}; {MEND}")
+        sys.exit(f"error: {path}: not JSON, or not what belongs there ({error}); {MEND}")
     return entries
 
 
@@ -693,7 +762,7 @@ def read_fresh(summaries, uniprot=None):
                 _, gene, summary = json.loads(line)
                 if gene and summary:
                     texts.setdefault(gene, "Gene Symbol " + gene + " " + summary)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             sys.exit(f"error: {summaries}, line {number}: {error}; delete the file, the next run fetches it again")
     for number, line in read_lines(uniprot) if uniprot else ():
         columns = line.split("\t")
@@ -732,10 +801,10 @@ def in_order(sources):
 def report(path, vocab):
     """Print how many genes each source of annotations.h5 has text for, how many of them scGPT's vocabulary (if `vocab` is
     there) and each other source has, by exact symbol: the paper's Table 21."""
-    with h5py.File(path, "r") as file:
-        genes = {source: set(file[source]["genes"].asstr()) for source in in_order(file)}
+    with open_h5(path, "01_fetch_annotations.py") as file:
+        genes = {source: set(find(file, f"{source}/genes", path).asstr()[:]) for source in in_order(file)}
     columns = {"genes": None, **({"scGPT vocab": set(read_json(vocab, int))} if vocab.exists() else {}), **genes}
-    width = max(map(len, genes))
+    width = max(map(len, genes), default=0)
     print(f"{'':{width}}  " + "  ".join(f"{name:>{max(7, len(name))}}" for name in columns))
     for source, own in genes.items():
         counts = {name: len(own if other is None else own & other) for name, other in columns.items()}
@@ -746,11 +815,11 @@ def draw(path, figure_path, title):
     """Draw the number of genes with text of each source, and each GO category's 20 commonest terms (the paper's Figures 4
     and 5)."""
     from matplotlib.figure import Figure  # no pyplot: no display, no window, no backend to choose
-    with h5py.File(path, "r") as file:
+    with open_h5(path, "01_fetch_annotations.py") as file:
         panels = [("Genes with text", [(source, len(file[source]["genes"])) for source in in_order(file)], "#0072B2")]
         for source, color in zip(GO_PREFIX, ("#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's colours
             if source in file:
-                terms, counts = np.unique(file[source]["terms"][:], return_counts=True)
+                terms, counts = np.unique(find(file, f"{source}/terms", path)[:], return_counts=True)
                 bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
                 panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
     height = 5.5 * ((len(panels) + 1) // 2) if len(panels) > 1 else 1.2 + 0.35 * len(panels[0][1])
@@ -792,7 +861,7 @@ def recorded(path, source, decides, inputs):
     """`made_from` of a source as of now; for files that were downloaded once and deleted since, with their fingerprints as
     of then: a finished output needs no network to know that it is current."""
     made = json.loads(made_from(decides, [file for file, url in inputs.items() if not url or file.exists()]))
-    with contextlib.suppress(OSError, KeyError), h5py.File(path, "r") as file:
+    with contextlib.suppress(OSError, LookupError, ValueError, TypeError, AttributeError), h5py.File(path, "r") as file:
         old = json.loads(file[source].attrs["made_from"])["inputs"]
         made["inputs"] |= {file.name: old[file.name] for file in inputs if not file.exists() and file.name in old}
     return json.dumps(made, sort_keys=True)

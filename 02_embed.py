@@ -82,16 +82,13 @@ def read_texts(path, source, mode, made_by, max_bytes=None):
         group = file[source]
         if mode == "avg" and "terms" not in group:
             sys.exit(f"error: {path}: source {source!r} has no terms one by one; use --mode concat")
-        try:
-            genes = group["genes"].asstr()[:]
-            texts = group["terms" if mode == "avg" else "text"].asstr()[:]
-            offsets = group["term_offsets"][:] if mode == "avg" else np.arange(len(genes) + 1)
-            n_texts = np.diff(offsets)
-            fit = len(offsets) == len(genes) + 1 and offsets[0] == 0 and offsets[-1] == len(texts) and n_texts.min() > 0
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            sys.exit(f"error: {path}: source {source!r} is damaged ({error}); make it again: python {made_by} --force")
-        if not fit:
-            sys.exit(f"error: {path}: genes and texts of {source!r} do not fit; make it again: python {made_by} --force")
+        genes, texts, offsets = (stage01.find(group, name, path) for name in (
+            ("genes", "terms", "term_offsets") if mode == "avg" else ("genes", "text", "genes")))
+        genes, texts = genes.asstr()[:], texts.asstr()[:]
+        offsets = offsets[:] if mode == "avg" else np.arange(len(genes) + 1)
+        n_texts = np.diff(offsets)
+        if offsets.dtype.kind not in "iu" or offsets.shape != (len(genes) + 1,) or offsets[0] != 0 or offsets[-1] != len(texts) or n_texts.min() < 1:
+            raise ValueError(f"genes and texts of {source!r} do not fit")
     for i in [i for i, text in enumerate(texts) if max_bytes and len(text.encode()) > max_bytes]:
         gene = genes[np.searchsorted(offsets, i, "right") - 1]
         print(f"{gene}: text of {len(texts[i]):,} characters cut to {max_bytes:,} bytes")
@@ -495,9 +492,9 @@ def request(client, model, batch, key, stop):
                 sys.exit(f"error: {client.base_url}: vectors of no length, or with numbers that are not finite")
             return vectors
         except openai.APIConnectionError as error:
-            reason, wait = f"no answer ({without(key, error.__cause__ or error)})", 0
+            reason, wait = f"no answer ({stage01.without(key, error.__cause__ or error)})", 0
         except openai.APIStatusError as error:
-            reason, wait = f"status {error.status_code}: {without(key, error.message)}", stage01.retry_after(error.response)
+            reason, wait = f"status {error.status_code}: {stage01.without(key, error.message)}", stage01.retry_after(error.response)
             if error.status_code in (401, 403):  # such answers quote parts of the key
                 sys.exit(f"error: {client.base_url} refuses the key ({error.status_code}); check OPENAI_API_KEY")
             if error.status_code == 404:
@@ -506,19 +503,13 @@ def request(client, model, batch, key, stop):
             if (error.status_code < 500 and error.status_code not in (408, 409, 429)) or error.code == "insufficient_quota":
                 sys.exit(f"error: {client.base_url}: {reason}")
         except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
-            sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({without(key, error)})")
+            sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({stage01.without(key, error)})")
         if stop.is_set() or attempt == N_ATTEMPTS - 1:
             break
         wait = max(wait, 2 ** attempt / 2)
         print(f"{client.base_url}: {reason}; next try in {wait:.0f} s", file=sys.stderr)
         stop.wait(wait)
     sys.exit(f"error: {client.base_url}: {reason}; the same command goes on from what is already on disk")
-
-
-def without(key, text):
-    """A message on one line, with every word that shows four characters of the key in a row left out."""
-    pieces = {key[i:i + 4] for i in range(len(key) - 3)}
-    return " ".join("***" if any(piece in word for piece in pieces) else word for word in str(text).split())[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,10 +530,9 @@ def read_column(spec):
 
 def some_vectors(path, most):
     """At most `most` genes (n) of an embedding file, drawn at random, their vectors (n, d), and how many genes it has."""
-    with stage01.open_h5(path, "02_embed.py", ["genes", "vectors"]) as file:
-        n_all = len(file["genes"])
-        shown = np.sort(np.random.default_rng(0).permutation(n_all)[:most])
-        return file["genes"].asstr()[:][shown], file["vectors"][:][shown], n_all
+    genes, vectors = stage01.read_embeddings(path, "02_embed.py")
+    shown = np.sort(np.random.default_rng(0).permutation(len(genes))[:most])
+    return genes[shown], vectors[shown], len(genes)
 
 
 def project(vectors):

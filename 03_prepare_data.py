@@ -16,14 +16,13 @@ metric. X is read in blocks: memory holds the chosen genes, not the file.
 import argparse
 import contextlib
 import importlib
-import json
 import lzma
-import math
 import re
 import shutil
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,6 +31,7 @@ import h5py
 import numpy as np
 
 shared = importlib.import_module("01_fetch_annotations")
+find, damage_in = shared.find, shared.damage_in
 
 DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile/"
 DATASETS = {  # GEARS' hosted data: address, bytes where known
@@ -171,12 +171,8 @@ def split_conditions(targets_of, seed):
 
 def split_from_json(path, targets_of):
     """A split of the user's from a JSON file {"train": [label, ...], "val": [...], "test": [...]}; every label stands once."""
-    try:
-        lists = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        sys.exit(f"error: {path}: not JSON ({error})")
-    if not isinstance(lists, dict) or set(lists) != {"train", "val", "test"} or \
-            not all(isinstance(v, list) and all(isinstance(label, str) for label in v) for v in lists.values()):
+    lists = shared.read_json(path, list)
+    if set(lists) != {"train", "val", "test"} or not all(isinstance(label, str) for labels in lists.values() for label in labels):
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
     split = {}
     for name, labels in lists.items():
@@ -328,6 +324,9 @@ def as_h5ad(path, folder):
     if not zipfile.is_zipfile(path):
         yield path
         return
+    for leftover in folder.glob(".unpacked-*"):  # of a run that was killed
+        if time.time() - leftover.stat().st_mtime > 86400:
+            shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary:
         yield unpack(path, Path(temporary) / "cells.h5ad")
 
@@ -353,16 +352,6 @@ def unpack(path, target):
     return target
 
 
-@contextlib.contextmanager
-def damage_in(path):
-    """What h5py raises in the block ends the run in one line. Which of these it raises depends on what is damaged."""
-    try:
-        yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        sys.exit(f"error: {path}: not a whole HDF5 file, or a damaged one ({' '.join(str(error).split())}); get it again from its "
-                 "source")
-
-
 def check_texts(path, source):
     """End the run where HDF5 would read texts forever: at an entry without length in the heaps ("GCOL" in HDF5's file format)
     that they lie in. Zeros in the place of a part of the file, as a broken copy has them, are enough for that."""
@@ -383,31 +372,6 @@ def check_texts(path, source):
                 if not 0 < step <= len(entries) - at:
                     sys.exit(f"error: {source}: damaged HDF5 file (texts at byte {heap:,}); get it again from its source")
                 at += step
-
-
-def find(group, name, path):
-    """The group or dataset `name` of an HDF5 group (`A/B`: B of its group A), or None.
-
-    Ends the run on what no AnnData file needs and a stranger's may hold: links and data that lie elsewhere (neither is ever
-    followed), sizes far beyond what the file stores, chunks that fill the memory.
-    """
-    with damage_in(path):
-        found = group
-        for part in filter(None, name.split("/")):
-            key = part.encode(errors="surrogateescape")
-            if not isinstance(found, h5py.Group) or not found.id.links.exists(key):
-                return None
-            if found.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-                sys.exit(f"error: {path}: {shown([name])} is a link, and links are not followed; write the file anew without them")
-            found = found[part]
-        if isinstance(found, h5py.Dataset):
-            if found.is_virtual or found.external:
-                sys.exit(f"error: {path}: the data of {shown([name])} lies in other files, which are not read; write it anew as one")
-            stored, chunk = found.id.get_storage_size(), math.prod(found.chunks or ()) * found.dtype.itemsize
-            if found.nbytes > max(2**26, 1000 * stored) or chunk > 2**29:  # gzip packs zeros 1,000 times, and nothing better
-                sys.exit(f"error: {path}: {shown([name])} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, "
-                         f"and the file stores {stored / 1e6:,.1f} MB of it: damaged, or made to fill the memory")
-        return found
 
 
 def read_array(group, name, path, kinds):
@@ -700,14 +664,10 @@ def report_ensembl_ids(genes, gene_key, var, path, vocab):
 
 def read_vocab(path):
     """The vocabulary {symbol: row} of a scGPT vocab.json. Ends the run for anything else."""
-    try:
-        vocab = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not Path(path).exists():
         sys.exit(f"error: {path} does not exist; --vocab takes scGPT's vocab.json, or none")
-    except ValueError as error:
-        sys.exit(f"error: {path}: not JSON ({error})")
-    if not isinstance(vocab, dict) or not all(type(row) is int for row in vocab.values()) or \
-            sorted(vocab.values()) != list(range(len(vocab))) or "<pad>" not in vocab:
+    vocab = shared.read_json(path, int)
+    if sorted(vocab.values()) != list(range(len(vocab))) or "<pad>" not in vocab:
         sys.exit(f'error: {path}: expected {{"SYMBOL": row, ...}} with rows from 0 on and a "<pad>"')
     return vocab
 
@@ -730,7 +690,7 @@ def text_coverage(path, genes, dataset):
     if not path.exists():
         return f"genes with text: not known before {stage_01}"
     with shared.open_h5(path, stage_01) as file:
-        counts = [f"{name} {len(genes.intersection(file[name]['genes'].asstr()[:])):,}" for name in shared.in_order(file)]
+        counts = [f"{name} {len(genes.intersection(find(file, f'{name}/genes', path).asstr()[:])):,}" for name in shared.in_order(file)]
     return f"genes with text, of {len(genes):,}: " + ", ".join(counts)
 
 

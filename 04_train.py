@@ -60,9 +60,27 @@ def load_dataset(path, made_by):
     texts = ("genes", "conditions", "split", "subgroup")
     with shared.open_h5(path, made_by, (*arrays, *texts, "X/data", "X/indices", "X/indptr")) as file:
         data = SimpleNamespace(**{name: file[name][:] for name in arrays}, **{name: file[name].asstr()[:] for name in texts},
-                               **{name: file.attrs[name] for name in ("synthetic", "n_tokens", "pad_id", "vocab", "control")})
+                               synthetic=bool(file.attrs["synthetic"]), vocab=str(file.attrs["vocab"]), control=str(file.attrs["control"]),
+                               n_tokens=int(file.attrs["n_tokens"]), pad_id=int(file.attrs["pad_id"]))
+        n_cells, n_genes, (n_conditions, most) = len(data.cell_condition), len(data.genes), data.targets.shape
+        for name, (kind, shape, low, high) in {  # what the rest of the script takes for granted
+                "token_ids": ("i", (n_genes,), 0, data.n_tokens), "measured": ("b", (n_genes,), 0, 2),
+                "mean": ("f", (n_conditions, n_genes), -1e9, 1e9), "cell_condition": ("i", (n_cells,), 0, n_conditions),
+                "targets": ("i", (n_conditions, most), -1, n_genes), "de_idx": ("i", (n_conditions, 20), -1, n_genes)}.items():
+            array = getattr(data, name)
+            if array.dtype.kind != kind or array.shape != shape or not ((low <= array) & (array < high)).all():
+                raise ValueError(f"{name} does not fit the rest")
+        names = data.conditions, data.split, data.subgroup
+        if any(texts.shape != (n_conditions,) for texts in names) or set(data.split) != {"train", "val", "test", "ctrl"} or \
+                (data.split == "ctrl").sum() != 1 or ((data.targets >= 0).any(1) == (data.split == "ctrl")).any() or \
+                not np.bincount(data.cell_condition, minlength=n_conditions).all() or not data.measured.any() or \
+                not 0 <= data.pad_id < data.n_tokens <= 10**6:
+            raise ValueError("conditions, split and cells do not fit")
         X = file["X"]
-        data.X = sparse.csr_matrix((X["data"][:], X["indices"][:], X["indptr"][:]), shape=(len(data.cell_condition), len(data.genes)))
+        data.X = sparse.csr_matrix((X["data"][:], X["indices"][:], X["indptr"][:]), shape=(n_cells, n_genes))
+        data.X.check_format(full_check=True)
+        if data.X.dtype != np.float32 or not np.isfinite(data.X.data).all():
+            raise ValueError("X holds no finite float32")
     data.ctrl_cells = np.flatnonzero(data.split[data.cell_condition] == "ctrl")
     return data
 
@@ -202,11 +220,8 @@ def language_tables(data, files, seed, shuffled):
     tables = {}
     for i, (source, path) in enumerate(files.items()):
         rng = np.random.default_rng([seed, 2, i])
-        with shared.open_h5(path, f"02_embed.py --source {source}", ("genes", "vectors")) as file:
-            row_of = {gene: row for row, gene in enumerate(file["genes"].asstr()[:])}
-            vectors = file["vectors"][:]
-        if vectors.ndim != 2 or len(vectors) != len(row_of) or not np.isfinite(vectors).all():
-            sys.exit(f"error: {path}: vectors is not a finite array with a row for every gene")
+        genes, vectors = shared.read_embeddings(path, f"02_embed.py --source {source}")
+        row_of = {gene: row for row, gene in enumerate(genes)}
         rows = np.array([-1 if token == data.pad_id else row_of.get(data.genes[j], -1) for token, j in zip(token_ids, first)])
         has_text = np.flatnonzero(rows >= 0)
         if not len(has_text):
@@ -330,18 +345,26 @@ def train(run, net, data, options, seed, device, rank, n_processes):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
     log, best_epoch, best_val = [], 0, math.inf
+
+    def save_best():
+        with shared.replacing(run / "model.pt") as partial:
+            model_file.save(net, partial)
+
     if (run / "state.pt").exists():
         try:
             state = torch.load(run / "state.pt", map_location=device, weights_only=True)
-        except Exception as error:
-            sys.exit(f"error: {run / 'state.pt'}: cannot be read ({str(error).splitlines()[0]}); --force trains anew")
-        for part, name in ((net, "model"), (optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
-            part.load_state_dict(state[name])
-        log, best_epoch, best_val = state["log"], state["best_epoch"], state["best_val"]
+            for part, name in ((net, "model"), (optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
+                part.load_state_dict(state[name])
+            log = [{column: row[column] for column in LOG_COLUMNS} for row in state["log"]]
+            best_epoch, best_val = state["best_epoch"], state["best_val"]
+            if not 0 <= best_epoch <= len(log) or not best_val > 0:
+                raise ValueError("no whole epoch in it")
+        except Exception as error:  # torch raises many kinds
+            sys.exit(f"error: {run / 'state.pt'}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)}); --force trains anew")
         if rank == 0:
             print(f"  goes on after epoch {len(log)}")
             if best_epoch == len(log):  # it may have been killed between state.pt and model.pt
-                model_file.save(net, run / "model.pt")
+                save_best()
     parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net)
 
     def errors(predict, cells, genes):
@@ -403,11 +426,12 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         if rank == 0:
             print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f}{' *' if best_epoch == epoch else '  '}  "
                   f"{seconds:.1f} s  {n_cells / seconds:,.0f} cells/s", flush=True)
-            with shared.replacing(run / "state.pt") as partial:  # the truth after a kill; model.pt and log.csv follow from it
+            # the truth after a kill; model.pt and log.csv follow from it
+            with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:
                 torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                            "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, partial)
+                            "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, file)
             if best_epoch == epoch:
-                model_file.save(net, run / "model.pt")
+                save_best()
             write_log(run / "log.csv", log)
     if rank == 0:
         write_log(run / "log.csv", log)
@@ -487,13 +511,19 @@ def main():
                      f"run: python 03_prepare_data.py{of_dataset} --vocab {folder / 'vocab.json'}")
         pretrained = folder / "best_model.pt"
         inputs.append(pretrained)
-        try:
-            saved = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-            sizes = {"d_model": saved["embsize"], "n_layers": saved["nlayers"], "n_heads": saved["nheads"], "d_hid": saved["d_hid"]}
-        except (ValueError, KeyError, TypeError) as error:
-            sys.exit(f"error: {folder / 'args.json'}: not scGPT's settings ({error!r})")
+        saved = shared.read_json(folder / "args.json", object)
+        sizes = {name: saved.get(key) for name, key in zip(SCRATCH_SIZES, ("embsize", "nlayers", "nheads", "d_hid"))}
+        if not all(type(size) is int and 0 < size <= 10_000 for size in sizes.values()):
+            sys.exit(f"error: {folder / 'args.json'}: not scGPT's settings (embsize, nlayers, nheads, d_hid)")
 
     import torch
+    import model
+    if pretrained:
+        try:
+            with torch.device("meta"):  # before anything takes memory: are those the sizes of its weights?
+                model.load_pretrained(model.ScGenePT(model.Config(n_tokens=data.n_tokens, pad_id=data.pad_id, **sizes)), pretrained)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     device = choose_device(args.device)
     rank, n_processes = process_group(device)
     if settings["batch_size"] % n_processes:
@@ -532,7 +562,11 @@ def main():
                   f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
             if args.compile:
                 net.compile()
-            best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
+            try:
+                best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
+            except KeyboardInterrupt:
+                kept = f"the last whole epoch, {run / 'state.pt'}" if (run / "state.pt").exists() else "the beginning: no epoch was finished yet"
+                sys.exit(f"interrupted; the same command (without --force) goes on from {kept}")
             print(f"  best epoch {best_epoch}, validation MSE {best_val:.5f}")
             if rank == 0:
                 shared.write_text(run / "config.json", json.dumps(config | {"n_parameters": n_parameters, "best_epoch": best_epoch,
@@ -547,10 +581,10 @@ def is_to_be_trained(run, config, force, rank, n_processes):
     import torch.distributed as dist
     path, old = run / "config.json", None
     if path.exists() and not force:
+        old = shared.read_json(path, object)
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
             words = shared.difference(old["made_from"], config["made_from"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             sys.exit(f"error: {path}: not a run's config.json; --force trains anew")
         if words:
             sys.exit(f"error: {run} was trained otherwise ({words}); --force trains anew, or give another --root")

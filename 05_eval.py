@@ -144,12 +144,15 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
     made_by = f"python 04_train.py{of_dataset}"
     fingerprint = shared.fingerprint(dataset_path)
     for path in sorted(folder.glob("*/seed*/config.json")):
+        config = shared.read_json(path, object)
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
             name, seed, inputs = config["variant"], int(config["seed"]), json.loads(config["made_from"])["inputs"]
             run = SimpleNamespace(name=name, seed=seed, path=path.parent / "model.pt", embeddings=dict(config["embeddings"]), facts=(
                 config.get("best_epoch"), f"{config.get('best_val_mse', math.nan):.5f}", f"{config.get('n_parameters', 0):,}"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if (name, f"seed{seed}") != (path.parts[-3], path.parts[-2]) or not all(isinstance(file, str) for file in run.embeddings.values()):
+                raise ValueError("of another folder")
+            inputs.get("dataset.h5")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             sys.exit(f"error: {path}: not a run's config.json; train again: {made_by} --force")
         names.add(name)
         if wanted is not None and name not in wanted:
@@ -296,9 +299,8 @@ def ridge_means(data, conditions, path):
     """What GenePert's ridge regression predicts for each condition, (conditions, G), or None where the source has a vector
     for no training target: from the sum of the targets' language vectors (0 for a target without one) to the mean response,
     with an intercept. The penalty is the one with the lowest error on the validation conditions."""
-    with shared.open_h5(path, "02_embed.py", ("genes", "vectors")) as file:
-        row_of = {gene: row for row, gene in enumerate(file["genes"].asstr()[:])}
-        vectors = file["vectors"][:].astype(np.float64)
+    genes, vectors = shared.read_embeddings(path, "02_embed.py")
+    row_of, vectors = {gene: row for row, gene in enumerate(genes)}, vectors.astype(np.float64)
     x = np.zeros((len(data.conditions), vectors.shape[1]))
     for condition, targets in enumerate(data.targets):
         for target in targets[targets >= 0]:
@@ -341,6 +343,7 @@ def read_external(item, data, conditions):
     if not path or not Path(path).exists():
         sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad, a file that exists")
     shared.check_name(name, "--external")
+    prepare.check_texts(path, path)
     with prepare.damage_in(path), h5py.File(path, "r") as file:
         obs, var = (prepare.find(file, key, path) for key in ("obs", "var"))
         if obs is None or var is None or prepare.find(file, "X", path) is None:
@@ -376,7 +379,7 @@ def summarize(rows):
     a seed's value is the mean over conditions, `all` takes all of them."""
     by_seed = {}
     for model, seed, _, subgroup, metric, value in rows:
-        for group in {"all", subgroup or "all"}:
+        for group in dict.fromkeys(["all", subgroup or "all"]):  # in this order, not that of a set, which changes from run to run
             by_seed.setdefault((model, group, metric), {}).setdefault(seed, []).append(value)
     return {key: (*metrics.interval95([np.mean(values) for values in seeds.values()]), len(seeds)) for key, seeds in by_seed.items()}
 
@@ -508,7 +511,7 @@ def read_perturbations(items, data, vocab_path):
         if item == "all-singles":
             labels += list(data.genes)
         elif Path(item).is_file():
-            labels += [line.strip() for line in Path(item).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            labels += [line.strip() for _, line in shared.read_lines(item) if line.strip()]
         else:
             labels.append(item)
     known, genes_of = set(data.genes), {}
@@ -549,12 +552,14 @@ def add_language(net, run, data, new, embeddings):
     for source in net.config.languages:
         if source not in run.embeddings:
             sys.exit(f"error: --predict: {run.path} has no language vector for {', '.join(np.array(new)[lacking.numpy()])}; name its run, not its file")
-        with shared.open_h5(embeddings / run.embeddings[source], "02_embed.py", ("genes", "vectors")) as file:
-            row_of = {gene: row for row, gene in enumerate(file["genes"].asstr()[:])}
-            missing = [gene for gene, lacks in zip(new, lacking) if lacks and gene not in row_of]
-            if missing:
-                sys.exit(f"error: --predict: {run.embeddings[source]} has no vector for {', '.join(missing)}, which {run.name} needs")
-            vectors[source] = np.stack([file["vectors"][row_of.get(gene, 0)] for gene in new])[lacking.numpy()]
+        genes, of_genes = shared.read_embeddings(embeddings / run.embeddings[source], "02_embed.py")
+        row_of = {gene: row for row, gene in enumerate(genes)}
+        missing = [gene for gene, lacks in zip(new, lacking) if lacks and gene not in row_of]
+        if missing:
+            sys.exit(f"error: --predict: {run.embeddings[source]} has no vector for {', '.join(missing)}, which {run.name} needs")
+        if of_genes.shape[1] != net.config.languages[source]:
+            sys.exit(f"error: --predict: {run.embeddings[source]} has vectors of {of_genes.shape[1]:,} numbers, {run.name} was trained with others")
+        vectors[source] = of_genes[[row_of.get(gene, 0) for gene in new]][lacking.numpy()]
     net.add_language(tokens[lacking.numpy()], vectors)
 
 
@@ -765,7 +770,9 @@ def main():
                 obs = {"condition": labels, "model": [run.name] * len(labels), "seed": [run.seed] * len(labels)}
                 write_cells(paths[1], made, [data.X[data.ctrl_cells].toarray()[:, genes], *blocks], obs, data)
             print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {', '.join(map(str, paths))}")
-        with h5py.File(path, "r") as file:
+        with shared.open_h5(path, f"05_eval.py{of_dataset}", ["X"]) as file:
+            if file["X"].shape != true.shape or not np.isfinite(file["X"][:]).all():
+                raise ValueError("X is not a finite profile for each test condition")
             profiles.append((run.name, run.seed, file["X"][:], true))
     profiles += [(name, "", means, true) for name, means in external]
     seeds = sorted({run.seed for run in runs})

@@ -18,7 +18,7 @@ For a cell with genes g_1..g_L, expression c_1..c_L and flags p_1..p_L (1 = pert
 scGPT: Cui et al., Nature Methods 2024. scGenePT: Istrate, Li, Karaletsos, bioRxiv 2024, Eq. 1-8.
 """
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
@@ -263,7 +263,8 @@ def save(model, path):
     partial = f"{path}.{os.getpid()}.tmp"
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     try:
-        torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, partial)
+        with open(partial, "wb") as file:
+            torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, file)
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
@@ -276,10 +277,18 @@ def load(path):
     if not {"config", "state"} <= file.keys():
         raise ValueError(f"{path}: not a file of this kit (released fine-tuned models: load_released)")
     try:
-        model = ScGenePT(Config(**file["config"]))
-    except TypeError as error:
-        raise ValueError(f"{path}: config of another version ({error})") from None
+        config = Config(**file["config"])
+        for name in (f.name for f in fields(Config) if type(getattr(config, f.name)) is not type(getattr(Config(), f.name))):
+            raise TypeError(f"{name} is {getattr(config, name)!r:.100}")
+        if config.n_layers > len(file["state"]):
+            raise ValueError("more layers than tensors")
+        with torch.device("meta"):  # takes no memory before all shapes are known to be those of the file
+            model = ScGenePT(config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, AttributeError) as error:
+        raise ValueError(f"{path}: config of another version, or damaged ({next(iter(str(error).splitlines()), '')})") from None
     _load_strictly(model, file["state"], path)
+    if config.languages and model.language_rows.max() >= config.n_language_rows:
+        raise ValueError(f"{path}: language_rows names rows that are not there")
     return model.eval()
 
 
@@ -326,7 +335,7 @@ def load_released(path, n_heads=8):
 
     d_model = size("pert_encoder.weight", 2)[1]
     tables = ["encoder.embedding.weight"] + [f"language_encoders.{module}.embedding.weight" for module in languages]
-    n_tokens = next((state[key].shape[0] for key in tables if key in state), None)
+    n_tokens = next((size(key, 2)[0] for key in tables if key in state), None)
     if n_tokens is None:
         raise ValueError(f"{path}: encoder.embedding.weight is missing")
     layers = {key.split(".")[2] for key in state if key.startswith("transformer_encoder.layers.")}
@@ -335,7 +344,11 @@ def load_released(path, n_heads=8):
                     has_tokens="encoder.embedding.weight" in state,
                     has_counts=any(key.startswith("value_encoder.") for key in state),
                     languages=languages, n_language_rows=n_tokens if languages else 0)
-    model = ScGenePT(config)
+    try:
+        with torch.device("meta"):
+            model = ScGenePT(config)
+    except (ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"{path}: no sizes of such a model ({error})") from None
     if languages:
         state["language_rows"] = torch.arange(n_tokens)
     _load_strictly(model, state, path)
@@ -344,14 +357,13 @@ def load_released(path, n_heads=8):
 
 def _read(path):
     """The dict in a torch file, without running any code that the file might carry."""
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many kinds for a broken or refused file
-        raise ValueError(f"{path}: not a readable torch file of plain tensors ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
-    if not isinstance(file, dict):
-        raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of tensors")
+    with open(path, "rb") as opened:
+        try:
+            file = torch.load(opened, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a broken or refused file
+            raise ValueError(f"{path}: not a readable torch file of plain tensors ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+    if not isinstance(file, dict) or not all(isinstance(key, str) for key in file):
+        raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of names and tensors")
     return file
 
 
@@ -374,7 +386,10 @@ def _shape(tensor, n_dims, path, key):
 
 
 def _load_strictly(model, state, path, parts=("",)):
-    """Copy `state` into `model` (its keys that begin with `parts`); every key has to fit, or ValueError names it."""
+    """Copy `state` into `model` (its keys that begin with `parts`); every key has to fit, or ValueError names it. A model on the
+    device `meta` gets its memory on the CPU then."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{path}: state is no dict of names and tensors")
     own = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
     for key in sorted(own.keys() | state.keys()):
         if key not in state:
@@ -384,6 +399,12 @@ def _load_strictly(model, state, path, parts=("",)):
         if not torch.is_tensor(state[key]) or state[key].shape != own[key].shape:
             found = tuple(state[key].shape) if torch.is_tensor(state[key]) else type(state[key]).__name__
             raise ValueError(f"{path}: {key} has the shape {found}, expected {tuple(own[key].shape)}")
+        if state[key].layout != torch.strided or state[key].is_floating_point() != own[key].is_floating_point() or \
+                state[key].untyped_storage().nbytes() < state[key].nbytes or not torch.isfinite(state[key]).all():
+            raise ValueError(f"{path}: {key} holds no finite numbers, or not all that it declares")
+    if any(value.is_meta for value in own.values()):
+        model.to_empty(device="cpu")
     with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(state[key])
+        for key, value in model.state_dict().items():
+            if key in own:
+                value.copy_(state[key])

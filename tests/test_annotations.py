@@ -1,10 +1,8 @@
 """Stage 01 as a process: the demo's texts, own texts, and human genes from a local server in the place of the real ones."""
 import gzip
 import hashlib
-import importlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -336,44 +334,6 @@ def test_a_damaged_output_is_made_again(human, tmp_path):
     assert texts(root, "ncbi") == NCBI_TEXTS
 
 
-def mutated(content, rng):
-    """Bytes with one to four places changed, cut out, put in, or everything after them gone."""
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(content) + 1)
-        end = rng.choice([at, at + 1, at + rng.randrange(30), len(content)])
-        content[at:end] = rng.choice([b"", rng.randbytes(rng.randrange(6)), b"\n", b"\t", b'"', b"[", b"{}", b"null", b"1"])
-    return bytes(content)
-
-
-@pytest.mark.parametrize("kind", ["gaf", "gaf.gz", "obo", "json", "tsv", "jsonl", "uniprot"])
-def test_whatever_stands_in_a_file_it_is_read_or_refused_in_one_line(tmp_path, kind):
-    stage = importlib.import_module("01_fetch_annotations")
-    pages = b'{"n_genes": 2}\n["0", "GENE0", ""]\n["1", "GENE1", "Summary 1."]\n'
-    for name, content in (("ok.obo", FILES[OBO]), ("ok.gaf", ANNOTATIONS.encode()), ("ok.jsonl", pages)):
-        (tmp_path / name).write_bytes(content)
-    path = tmp_path / kind
-    content, read = {
-        "gaf": (ANNOTATIONS.encode(), lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
-        "gaf.gz": (FILES[GAF], lambda: stage.read_go("go_all", path, tmp_path / "ok.obo")),
-        "obo": (FILES[OBO], lambda: stage.read_go("go_all", tmp_path / "ok.gaf", path)),
-        "json": (json.dumps(NCBI_TEXTS).encode(), lambda: stage.read_released(path)),
-        "tsv": (b"gene\ttext\nA\tb\nC\td\n", lambda: stage.read_tsv(path)),
-        "jsonl": (pages, lambda: stage.read_fresh(path)),
-        "uniprot": (PROTEINS.encode(), lambda: stage.read_fresh(tmp_path / "ok.jsonl", path)),
-    }[kind]
-    rng = random.Random(kind)
-    for _ in range(100):
-        path.write_bytes(mutated(content, rng))
-        stage.read_annotations.cache_clear()
-        try:
-            genes, found, _ = read()
-        except SystemExit as end:
-            assert str(end).startswith("error: ") and "\n" not in str(end)
-        else:
-            assert all(isinstance(part, str) for part in genes + found) and len(genes) == len(found)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
 def test_a_full_disk_ends_in_one_line_and_leaves_the_earlier_output(human, tmp_path):
     import resource
@@ -405,7 +365,7 @@ def services(method, path, headers, body):
     """E-utilities with N_GENES genes, every tenth without a summary, and UniProt's table."""
     asked = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
     if path.startswith(UNIPROT):
-        return 200, {}, gzip.compress(PROTEINS.encode())
+        return 200, {}, gzip.compress(PROTEINS.encode(), mtime=0)
     if path.startswith(EUTILS + "esearch.fcgi"):
         assert asked["usehistory"] == "y" and asked["term"] == "9606[taxid] AND alive[prop]" and asked["db"] == "gene"
         answer = {"esearchresult": {"count": str(N_GENES), "querykey": "1", "webenv": "MCID_1"}}
@@ -455,6 +415,22 @@ def test_fresh_continues_after_sigkill_with_the_page_that_is_missing_and_the_key
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert len(texts(tmp_path, "ncbi")) == N_GENES * 9 // 10
     assert KEY not in printed and KEY.encode() not in written
+
+
+@pytest.mark.parametrize("fault", [
+    {"status": 400, "body": f"no such key: {KEY}".encode()},
+    {"body": b'{"error": "%s"}' % KEY.encode()},
+    {"status": 302, "headers": {"Location": f"http://127.0.0.1:9/{KEY}?api_key={KEY}"}},
+    {"status": 302, "headers": {"Location": f"http://{KEY[:10]}.invalid/"}},
+    {"status": 302, "headers": {"Location": f"nothing://{KEY}"}}], ids=["400", "another form", "nobody there", "no such host", "no such protocol"])
+def test_no_part_of_the_key_is_shown_whatever_the_service_answers(tmp_path, fault):
+    with Server(hook=services) as server:
+        server.misbehave(EUTILS + "esummary.fcgi", {}, *[fault] * 6)
+        process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
+        printed = "".join(process.communicate())
+    everything = printed.encode() + b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert process.returncode == 1 and "error: " in printed and "esummary" in printed
+    assert not any(KEY[i:i + 8].encode() in everything for i in range(len(KEY) - 7))
 
 
 def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):

@@ -1,6 +1,7 @@
 """03_prepare_data.py on a lab's own files: every layout of AnnData, counts, guides, separators, variable genes; and on files
 that are broken or made to do harm."""
 import json
+import os
 import random
 import tracemalloc
 import zipfile
@@ -499,6 +500,16 @@ def test_a_zip_that_declares_an_absurd_expansion_is_not_unpacked(tmp_path):
     for size, message in ((3 * 10**9, "declare to unpack to 3.0 GB"), (10**5, "cannot be unpacked")):
         path.write_bytes(content.replace(sizes, size.to_bytes(4, "little")))
         assert message in error(tmp_path, path)
+
+
+def test_what_a_killed_run_left_unpacked_goes_after_a_day(tmp_path):
+    old, new = (tmp_path / f"data/mine/.unpacked-{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    cells = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    run(tmp_path, zipped(tmp_path / "cells.zip", "cells.h5ad", content=cells.read_bytes()))
+    assert not old.exists() and new.exists()
 
 
 @pytest.mark.parametrize("names, message", [([], "0 .h5ad files"), (["a.h5ad", "b.h5ad"], "2 .h5ad files"),
