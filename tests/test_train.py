@@ -11,7 +11,7 @@ import torch
 from scipy import sparse
 
 import model
-from conftest import GOLDEN, KIT, error_of, run_process, run_script
+from conftest import GOLDEN, error_of, run_process, run_script
 
 SMALL = ["--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16]
 
