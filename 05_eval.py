@@ -237,6 +237,10 @@ def write_h5ad(path, made, X, obs, genes, description, data, control=None):
     index = obs["condition"]
     if len(set(index)) < len(index):
         index = [f"{condition} {row}" for row, condition in enumerate(index)]
+    unique, times = [], {}
+    for gene in genes:  # a symbol that stands again gets -1, -2, ..., as from scanpy's var_names_make_unique
+        times[gene] = times.get(gene, -1) + 1
+        unique.append(f"{gene}-{times[gene]}" if times[gene] else gene)
     about = shared.provenance(made)
     with shared.write_h5(path, made) as file:
         encode(file, "anndata", "0.1.0")
@@ -249,7 +253,7 @@ def write_h5ad(path, made, X, obs, genes, description, data, control=None):
             group.attrs["shape"] = np.array(X.shape)
             group["data"], group["indices"], group["indptr"] = X.data, X.indices, X.indptr
         table(file, "obs", index, obs)
-        table(file, "var", list(genes), {"gene_name": list(genes)})
+        table(file, "var", unique, {"gene_name": list(genes)})
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             encode(file.create_group(name), "dict", "0.1.0")
         for name, text in {"description": description + (" of SYNTHETIC cells" if data.synthetic else ""), "control": data.control,

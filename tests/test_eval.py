@@ -384,6 +384,13 @@ def test_cells_of_chosen_perturbations_stand_beside_their_controls_for_every_mod
     np.testing.assert_allclose(ctrl.X.mean(0), means.layers["control"][0], rtol=1e-5)
 
 
+def test_a_symbol_that_stands_twice_gets_a_name_of_its_own_in_the_index(evaluation, tmp_path):
+    anndata = pytest.importorskip("anndata")
+    evaluation.write_h5ad(tmp_path / "x.h5ad", "{}", np.eye(2, 3), {"condition": ["A", "B"]}, ["A", "B", "A"], "", SimpleNamespace(synthetic=False, control="NT"))
+    table = anndata.read_h5ad(tmp_path / "x.h5ad")
+    assert table.var_names.tolist() == ["A", "B", "A-1"] and table.var["gene_name"].tolist() == ["A", "B", "A"]
+
+
 def test_files_for_anndata_carry_what_they_were_made_from(results, cells):
     table = cells("predictions/scgpt.seed42.h5ad")
     assert {"description", "control", "command", "date", "versions", "made_from"} == set(table.uns) and "SYNTHETIC" in table.uns["description"]
