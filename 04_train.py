@@ -264,6 +264,13 @@ def mixed_precision(device):
     return lambda: torch.autocast("cuda", dtype=dtype), dtype
 
 
+def device_words(device):
+    """Device and precision, for the log."""
+    import torch
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+    return f"device: {name}, {mixed_precision(device)[1]}".replace("torch.", "")
+
+
 def process_group(device):
     """(rank, number of processes) under torchrun, whose processes it connects; (0, 1) otherwise."""
     import torch
@@ -533,8 +540,7 @@ def main():
     settings["attention_dropout"] = args.attention_dropout if args.attention_dropout is not None else \
         0.0 if device.type == "cpu" else settings["dropout"]
     settings["targets_in_batch"] = args.targets_in_batch
-    print(f"device: {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, {mixed_precision(device)[1]}".replace("torch.", "")
-          + (f", {n_processes} processes" if n_processes > 1 else ""))
+    print(device_words(device) + (f", {n_processes} processes" if n_processes > 1 else ""))
     print(f"dropout {settings['dropout']:g}, attention dropout {settings['attention_dropout']:g}"
           + (" (off: the CPU's fast attention has none; --attention-dropout 0.2 turns it on)"
              if device.type == "cpu" and args.attention_dropout is None and settings["dropout"] else ""))

@@ -63,32 +63,65 @@ CEILING = "data-ceiling"
 DEPEND_ON_SEED = ("random", CEILING)
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
 CELLS_X_GENES = 80_000   # predicted at a time, which bounds the memory
+MOST_FIGURES = 12        # of --predict; for a longer list none is drawn
 N_FIGURE_CONTROLS = 300  # as in the paper's Figures 8 and 9
 
-# The paper's own figures, mean over five seeds ± 95% interval: Pearson Δ top 20 and all, MSE top 20 and all (Tables 3, 4, 16, 18)
+# The paper's own figures, mean over five seeds ± 95% interval: Pearson Δ top 20 and all, MSE top 20 and all (Tables 3, 4, 8-16, 18-20, 27-30)
 PAPER = {
     "norman": """
-        scgpt                  0.665 ± 0.01 | 0.534 ± 0.02 | 0.223 ± 0.01 | 0.00421 ± 0.00
-        scgenept_ncbi          0.685 ± 0.03 | 0.548 ± 0.03 | 0.223 ± 0.03 | 0.00415 ± 0.00
-        scgenept_ncbi+uniprot  0.696 ± 0.01 | 0.557 ± 0.02 | 0.205 ± 0.02 | 0.00403 ± 0.00
-        scgenept_go_f          0.686 ± 0.01 | 0.554 ± 0.02 | 0.216 ± 0.02 | 0.00405 ± 0.00
-        scgenept_go_c          0.687 ± 0.03 | 0.550 ± 0.02 | 0.219 ± 0.01 | 0.00405 ± 0.00
-        scgenept_go_p          0.682 ± 0.02 | 0.543 ± 0.02 | 0.220 ± 0.02 | 0.00412 ± 0.00
-        scgenept_go_all        0.698 ± 0.02 | 0.554 ± 0.02 | 0.209 ± 0.02 | 0.00400 ± 0.00
-        GEARS                  0.710 ± 0.00 | 0.573 ± 0.00 | 0.177 ± 0.00 | 0.00510 ± 0.00
-        random                 0.604 ± 0.03 | 0.495 ± 0.00 | 0.340 ± 0.00 | 0.00488 ± 0.00
-        non-ctrl-mean          0.608 ± 0.00 | 0.571 ± 0.00 | 0.337 ± 0.00 | 0.00466 ± 0.00""",
+        scgpt                        0.665 ± 0.01 | 0.534 ± 0.02 | 0.223 ± 0.01 | 0.00421 ± 0.00
+        scgenept_ncbi                0.685 ± 0.03 | 0.548 ± 0.03 | 0.223 ± 0.03 | 0.00415 ± 0.00
+        scgenept_ncbi+uniprot        0.696 ± 0.01 | 0.557 ± 0.02 | 0.205 ± 0.02 | 0.00403 ± 0.00
+        scgenept_go_f                0.686 ± 0.01 | 0.554 ± 0.02 | 0.216 ± 0.02 | 0.00405 ± 0.00
+        scgenept_go_c                0.687 ± 0.03 | 0.550 ± 0.02 | 0.219 ± 0.01 | 0.00405 ± 0.00
+        scgenept_go_p                0.682 ± 0.02 | 0.543 ± 0.02 | 0.220 ± 0.02 | 0.00412 ± 0.00
+        scgenept_go_all              0.698 ± 0.02 | 0.554 ± 0.02 | 0.209 ± 0.02 | 0.00400 ± 0.00
+        scgpt-counts                 0.035 ± 0.00 | 0.128 ± 0.00 | 2.784 ± 0.02 | 0.1619 ± 0.00
+        scgpt-tokens                 0.143 ± 0.01 | 0.137 ± 0.00 | 0.546 ± 0.02 | 0.0115 ± 0.00
+        genept_ncbi-scratch          0.625 ± 0.03 | 0.302 ± 0.02 | 0.269 ± 0.04 | 0.00904 ± 0.00
+        genept_ncbi                  0.591 ± 0.08 | 0.318 ± 0.02 | 0.266 ± 0.03 | 0.00896 ± 0.00
+        genept_ncbi+uniprot-scratch  0.640 ± 0.03 | 0.322 ± 0.02 | 0.249 ± 0.03 | 0.00874 ± 0.00
+        genept_ncbi+uniprot          0.631 ± 0.03 | 0.320 ± 0.02 | 0.256 ± 0.02 | 0.00880 ± 0.00
+        genept_go_f-scratch          0.617 ± 0.03 | 0.307 ± 0.03 | 0.259 ± 0.03 | 0.00900 ± 0.00
+        genept_go_f                  0.626 ± 0.04 | 0.313 ± 0.03 | 0.275 ± 0.05 | 0.00903 ± 0.00
+        genept_go_c-scratch          0.630 ± 0.03 | 0.312 ± 0.02 | 0.258 ± 0.05 | 0.00892 ± 0.00
+        genept_go_c                  0.573 ± 0.11 | 0.315 ± 0.02 | 0.278 ± 0.05 | 0.00903 ± 0.00
+        genept_go_p-scratch          0.620 ± 0.02 | 0.309 ± 0.01 | 0.262 ± 0.04 | 0.00899 ± 0.00
+        genept_go_p                  0.613 ± 0.04 | 0.329 ± 0.02 | 0.265 ± 0.05 | 0.00890 ± 0.00
+        genept_go_all-scratch        0.633 ± 0.01 | 0.321 ± 0.02 | 0.247 ± 0.01 | 0.00885 ± 0.00
+        genept_go_all                0.625 ± 0.03 | 0.305 ± 0.01 | 0.281 ± 0.04 | 0.00904 ± 0.00
+        GEARS                        0.710 ± 0.00 | 0.573 ± 0.00 | 0.177 ± 0.00 | 0.00510 ± 0.00
+        random                       0.604 ± 0.03 | 0.495 ± 0.00 | 0.340 ± 0.00 | 0.00488 ± 0.00
+        non-ctrl-mean                0.608 ± 0.00 | 0.571 ± 0.00 | 0.337 ± 0.00 | 0.00466 ± 0.00""",
     "adamson": """
-        scgpt                  0.782 ± 0.02 | 0.589 ± 0.03 | 0.135 ± 0.01 | 0.00672 ± 0.00
-        scgenept_ncbi          0.779 ± 0.02 | 0.606 ± 0.03 | 0.133 ± 0.00 | 0.00654 ± 0.00
-        scgenept_ncbi+uniprot  0.784 ± 0.02 | 0.617 ± 0.03 | 0.129 ± 0.00 | 0.00620 ± 0.00
-        scgenept_go_f          0.785 ± 0.02 | 0.611 ± 0.03 | 0.128 ± 0.00 | 0.00640 ± 0.00
-        scgenept_go_c          0.791 ± 0.01 | 0.623 ± 0.02 | 0.125 ± 0.00 | 0.00622 ± 0.00
-        scgenept_go_p          0.789 ± 0.01 | 0.609 ± 0.03 | 0.127 ± 0.00 | 0.00645 ± 0.00
-        scgenept_go_all        0.787 ± 0.02 | 0.605 ± 0.03 | 0.127 ± 0.01 | 0.00641 ± 0.00
-        GEARS                  0.730 ± 0.00 | 0.691 ± 0.00 | 0.157 ± 0.00 | 0.00516 ± 0.00
-        random                 0.726 ± 0.03 | 0.693 ± 0.00 | 0.151 ± 0.00 | 0.00482 ± 0.00
-        non-ctrl-mean          0.729 ± 0.00 | 0.709 ± 0.00 | 0.149 ± 0.00 | 0.00456 ± 0.00"""}
+        scgpt                        0.782 ± 0.02 | 0.589 ± 0.03 | 0.135 ± 0.01 | 0.00672 ± 0.00
+        scgenept_ncbi                0.779 ± 0.02 | 0.606 ± 0.03 | 0.133 ± 0.00 | 0.00654 ± 0.00
+        scgenept_ncbi+uniprot        0.784 ± 0.02 | 0.617 ± 0.03 | 0.129 ± 0.00 | 0.00620 ± 0.00
+        scgenept_go_f                0.785 ± 0.02 | 0.611 ± 0.03 | 0.128 ± 0.00 | 0.00640 ± 0.00
+        scgenept_go_c                0.791 ± 0.01 | 0.623 ± 0.02 | 0.125 ± 0.00 | 0.00622 ± 0.00
+        scgenept_go_p                0.789 ± 0.01 | 0.609 ± 0.03 | 0.127 ± 0.00 | 0.00645 ± 0.00
+        scgenept_go_all              0.787 ± 0.02 | 0.605 ± 0.03 | 0.127 ± 0.01 | 0.00641 ± 0.00
+        scgpt-counts                 0.257 ± 0.00 | 0.044 ± 0.00 | 7.776 ± 0.04 | 0.2834 ± 0.00
+        scgpt-tokens                 0.023 ± 0.05 | -0.092 ± 0.02 | 0.323 ± 0.03 | 0.0271 ± 0.00
+        scgenept_ncbi+uniprot+go_f   0.793 ± 0.00 | 0.618 ± 0.02 | 0.127 ± 0.00 | 0.00641 ± 0.00
+        scgenept_ncbi+uniprot+go_c   0.790 ± 0.01 | 0.617 ± 0.02 | 0.130 ± 0.00 | 0.00645 ± 0.00
+        scgenept_ncbi+uniprot+go_p   0.792 ± 0.00 | 0.620 ± 0.02 | 0.127 ± 0.00 | 0.00616 ± 0.00
+        scgenept_ncbi+uniprot+go_all 0.793 ± 0.00 | 0.617 ± 0.00 | 0.126 ± 0.00 | 0.00627 ± 0.00
+        genept_ncbi-scratch          0.741 ± 0.00 | 0.344 ± 0.02 | 0.179 ± 0.00 | 0.02461 ± 0.00
+        genept_ncbi                  0.742 ± 0.02 | 0.340 ± 0.03 | 0.178 ± 0.00 | 0.02462 ± 0.00
+        genept_ncbi+uniprot-scratch  0.739 ± 0.00 | 0.331 ± 0.01 | 0.181 ± 0.00 | 0.02436 ± 0.00
+        genept_ncbi+uniprot          0.742 ± 0.00 | 0.339 ± 0.02 | 0.178 ± 0.00 | 0.02437 ± 0.00
+        genept_go_f-scratch          0.740 ± 0.00 | 0.334 ± 0.02 | 0.180 ± 0.00 | 0.02452 ± 0.00
+        genept_go_f                  0.741 ± 0.01 | 0.339 ± 0.01 | 0.176 ± 0.00 | 0.02438 ± 0.00
+        genept_go_c-scratch          0.747 ± 0.00 | 0.350 ± 0.00 | 0.176 ± 0.01 | 0.02454 ± 0.00
+        genept_go_c                  0.744 ± 0.01 | 0.342 ± 0.03 | 0.174 ± 0.00 | 0.02451 ± 0.00
+        genept_go_p-scratch          0.745 ± 0.00 | 0.350 ± 0.01 | 0.178 ± 0.00 | 0.02466 ± 0.00
+        genept_go_p                  0.742 ± 0.02 | 0.337 ± 0.03 | 0.180 ± 0.01 | 0.02456 ± 0.00
+        genept_go_all-scratch        0.744 ± 0.01 | 0.351 ± 0.03 | 0.179 ± 0.01 | 0.02459 ± 0.00
+        genept_go_all                0.740 ± 0.00 | 0.337 ± 0.01 | 0.181 ± 0.00 | 0.02450 ± 0.00
+        GEARS                        0.730 ± 0.00 | 0.691 ± 0.00 | 0.157 ± 0.00 | 0.00516 ± 0.00
+        random                       0.726 ± 0.03 | 0.693 ± 0.00 | 0.151 ± 0.00 | 0.00482 ± 0.00
+        non-ctrl-mean                0.729 ± 0.00 | 0.709 ± 0.00 | 0.149 ± 0.00 | 0.00456 ± 0.00"""}
 PAPER_METRICS = ("pearson_delta_top20", "pearson_delta_all", "mse_top20", "mse_all")
 # Pearson Δ top 20 on Norman by subgroup (Tables 5 and 17)
 PAPER_BY_SUBGROUP = """
@@ -127,7 +160,7 @@ def find_files(items, dataset, folder):
     models = []
     for item in items:
         kind, _, variant = item.partition(":")
-        name, _, file = (f"{variant}-released", "", "") if kind == "released" else item.rpartition("=")
+        name, _, file = (f"{variant}-released", "", "") if kind == "released" else ("", "", item) if Path(item).exists() else item.partition("=")
         for path in fetch_released(variant, dataset, folder) if kind == "released" else [Path(file)]:
             if not path.exists():
                 sys.exit(f"error: --run {item}: {path} does not exist")
@@ -143,14 +176,15 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
     runs, names = [], set()
     made_by = f"python 04_train.py{of_dataset}"
     fingerprint = shared.fingerprint(dataset_path)
-    for path in sorted(folder.glob("*/seed*/config.json")):
+    for path in sorted(path for path in folder.glob("*/seed*/config.json") if path.parent.name[4:].isdigit()):
         config = shared.read_json(path, object)
         try:
-            name, seed, inputs = config["variant"], int(config["seed"]), json.loads(config["made_from"])["inputs"]
+            name, seed = path.parent.parent.name, int(path.parent.name[4:])
+            inputs = json.loads(config["made_from"])["inputs"]
             run = SimpleNamespace(name=name, seed=seed, path=path.parent / "model.pt", embeddings=dict(config["embeddings"]), facts=(
                 config.get("best_epoch"), f"{config.get('best_val_mse', math.nan):.5f}", f"{config.get('n_parameters', 0):,}"))
-            if (name, f"seed{seed}") != (path.parts[-3], path.parts[-2]) or not all(isinstance(file, str) for file in run.embeddings.values()):
-                raise ValueError("of another folder")
+            if not all(file == Path(file).name for file in run.embeddings.values()):
+                raise ValueError("files of other folders")
             inputs.get("dataset.h5")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             sys.exit(f"error: {path}: not a run's config.json; train again: {made_by} --force")
@@ -194,21 +228,29 @@ def draw_controls(data, conditions, n_controls, seed):
             for condition in conditions]
 
 
+def predict_cells(net, path, data, control, targets, device, batch_size):
+    """What the network of the file `path` predicts for control cells (N, G): (N, G). Ends the run where it lacks one of the genes."""
+    import model
+    autocast, _ = training.mixed_precision(device)
+    try:
+        with autocast():
+            return model.predict(net, data.token_ids, control, targets, batch_size)
+    except ValueError as error:
+        sys.exit(f"error: {path}: {error}: trained on other genes than these")
+
+
 def predict_means(path, data, conditions, controls, device, batch_size, title, cells_to=None):
     """Mean predicted profile of each condition by the model in `path`: (conditions, G) float64. Appends what it predicts for the
     cells, blocks of (cells, measured genes), to the list `cells_to`."""
-    import model
     from tqdm import tqdm
     net = load_model(path, data).to(device)
-    autocast, _ = training.mixed_precision(device)
     means = np.zeros((len(conditions), len(data.genes)))
     with tqdm(total=sum(map(len, controls)), desc=f"  {title}", unit=" cells", leave=False, disable=None) as progress:
         for row, (condition, cells) in enumerate(zip(conditions, controls)):
             targets = data.targets[condition]
             for start in range(0, len(cells), 512):  # blocks, so that memory does not grow with the number of cells
                 block = data.X[cells[start:start + 512]].toarray()
-                with autocast():
-                    predicted = model.predict(net, data.token_ids, block, targets[targets >= 0], batch_size)
+                predicted = predict_cells(net, path, data, block, targets[targets >= 0], device, batch_size)
                 means[row] += predicted.sum(0, dtype=np.float64)
                 if cells_to is not None:
                     cells_to.append(predicted[:, data.measured])
@@ -301,19 +343,19 @@ def baseline_means(data, conditions, seed):
 
 def ridge_means(data, conditions, path):
     """What GenePert's ridge regression predicts for each condition, (conditions, G), or None where the source has a vector
-    for no training target: from the sum of the targets' language vectors (0 for a target without one) to the mean response,
-    with an intercept. The penalty is the one with the lowest error on the validation conditions."""
+    for no training target: from the sum of the targets' language vectors to the mean response, with an intercept. A target without
+    a vector has the mean of the training targets'. The penalty is the one with the lowest error on the validation conditions."""
     genes, vectors = shared.read_embeddings(path, "02_embed.py")
-    row_of, vectors = {gene: row for row, gene in enumerate(genes)}, vectors.astype(np.float64)
-    x = np.zeros((len(data.conditions), vectors.shape[1]))
-    for condition, targets in enumerate(data.targets):
-        for target in targets[targets >= 0]:
-            if data.genes[target] in row_of:
-                x[condition] += vectors[row_of[data.genes[target]]]
-    known = x.any(axis=1)
-    trained, val = np.flatnonzero((data.split == "train") & known), np.flatnonzero(data.split == "val")
+    row_of = {gene: row for row, gene in enumerate(genes)}
+    row = np.array([row_of.get(gene, -1) for gene in data.genes] + [-1])  # the last is that of target -1
+    has_vector = (row[data.targets] >= 0) & (data.targets >= 0)
+    trained, val = np.flatnonzero((data.split == "train") & has_vector.any(1)), np.flatnonzero(data.split == "val")
     if not len(trained):
         return None
+    seen = np.unique(data.targets[trained][has_vector[trained]])
+    mean_vector = vectors[row[seen]].mean(0, dtype=np.float64)
+    x = np.array([sum((vectors[row[t]] if row[t] >= 0 else mean_vector for t in targets if t >= 0), np.zeros(vectors.shape[1]))
+                  for targets in data.targets])
     y = data.mean.astype(np.float64)
     x_mean, y_mean = x[trained].mean(0), y[trained].mean(0)
     xc, yc = x[trained] - x_mean, y[trained] - y_mean
@@ -521,7 +563,7 @@ def read_perturbations(items, data, vocab_path):
     known, genes_of = set(data.genes), {}
     of_condition = {label: list(data.genes[targets[targets >= 0]]) for label, targets in zip(data.conditions, data.targets)}
     for label in labels:
-        genes_of[label] = of_condition.get(label) or [gene for gene in label.split("+") if gene not in ("ctrl", data.control)]
+        genes_of[label] = of_condition.get(label) or [label] * (label in known) or [gene for gene in label.split("+") if gene not in ("ctrl", data.control)]
         if not genes_of[label] or not all(genes_of[label]) or len(set(genes_of[label])) < len(genes_of[label]):
             sys.exit(f"error: --predict {label!r}: expected a gene, or different genes joined by +, as KLF1+MAP2K6")
     new = list(dict.fromkeys(gene for genes in genes_of.values() for gene in genes if gene not in known))
@@ -570,7 +612,6 @@ def add_language(net, run, data, new, embeddings):
 def predict_perturbations(args, data, runs, device, results):
     """For every perturbation of --predict what each model says of it: predicted.h5ad (mean profiles), predicted.csv (ranked by the
     size of the effect), predicted_genes.csv (the 20 genes that change most), and for a dozen perturbations at most a figure."""
-    import model
     from tqdm import tqdm
     folder = args.root / "data" / shared.space_of(args.dataset)
     genes_of, new = read_perturbations(args.predict, data, args.vocab or folder / "scgpt" / "vocab.json")
@@ -581,12 +622,11 @@ def predict_perturbations(args, data, runs, device, results):
     cells = np.random.default_rng([args.seed, 7]).choice(data.ctrl_cells, args.controls or N_FIGURE_CONTROLS)
     control = data.X[cells].toarray()
     baseline = control.mean(0, dtype=np.float64)  # a prediction is compared with the cells that it started from
-    autocast, _ = training.mixed_precision(device)
     is_measured = data.measured
     delta, of_cells, top = {}, {}, {}  # (label, model, seed): (G,), (cells, top); label: (top,)
     blocks, cell_rows = [], []  # of --cells: (cells, measured genes); (label, model, seed) of every row
     wanted = singles | targets_of
-    print(f"perturbations: {len(genes_of):,}; models: {len(runs)}; control cells for each: {len(cells)}; device: {device}")
+    print(f"perturbations: {len(genes_of):,}; models: {len(runs)}; control cells for each: {len(cells)}; {training.device_words(device)}")
     with tqdm(total=len(runs) * len(wanted), unit=" perturbations", leave=False, disable=None) as progress:
         for run in runs:
             net = load_model(run.path, data)
@@ -596,15 +636,15 @@ def predict_perturbations(args, data, runs, device, results):
                 blocks.append(control[:, is_measured])
                 cell_rows += [(data.control, run.name, run.seed)] * len(cells)
             for label, targets in wanted.items():
-                with autocast():
-                    each = model.predict(net, data.token_ids, control, targets, args.batch_size)
+                each = predict_cells(net, run.path, data, control, targets, device, args.batch_size)
                 change = each.mean(0, dtype=np.float64) - baseline
                 delta[label, run.name, run.seed] = change
                 if label not in top:
                     same = measured_as(data, targets)
                     top[label] = (data.de_idx[same[0]][data.de_idx[same[0]] >= 0] if same else
                                   np.argsort(-np.where(data.measured, np.abs(change), -1), kind="stable")[:20])
-                of_cells[label, run.name, run.seed] = each[:, top[label]] - baseline[top[label]]
+                if len(genes_of) <= MOST_FIGURES:
+                    of_cells[label, run.name, run.seed] = each[:, top[label]] - baseline[top[label]]
                 if args.cells and label in genes_of:
                     blocks.append(each[:, is_measured])
                     cell_rows += [(label, run.name, run.seed)] * len(cells)
@@ -647,13 +687,13 @@ def predict_perturbations(args, data, runs, device, results):
                data.genes[is_measured], "mean predicted log-normalized expression", data, baseline[is_measured])
     if args.cells:
         write_cells(results / "predicted.cells.h5ad", made, blocks, columns(cell_rows), data)
-    if len(genes_of) <= 12:
+    if len(genes_of) <= MOST_FIGURES:
         for label in genes_of:
             draw_perturbation(results, label, data, top[label], ctrl, {name: np.concatenate([of_cells[label, name, seed] for seed in seeds[name]])
                                                                        for name in seeds}, measured_as(data, targets_of[label]))
     for row in [row for row in ranked if "-shuffled" not in row[1]][:10]:  # a shuffled control is no answer
         print(f"{row[0]}: effect {row[3]:.4f} by {row[1]}; {' '.join(row[6].split()[:5])} ...")
-    print(f"figures: {'one a perturbation, ' + str(results / 'predicted_*.png') if len(genes_of) <= 12 else 'none for more than 12 perturbations'}\n"
+    print(f"figures: {'one a perturbation, ' + str(results / 'predicted_*.png') if len(genes_of) <= MOST_FIGURES else f'none for more than {MOST_FIGURES} perturbations'}\n"
           "values: " + ", ".join(str(results / name) for name in ("predicted.csv", "predicted_genes.csv", "predicted.h5ad",
                                                                   *["predicted.cells.h5ad"] * args.cells)))
 
@@ -747,7 +787,7 @@ def main():
     clash = [name for name in called if called.count(name) > 1] + [run.name for run in runs if run.name in others]
     if clash:
         sys.exit(f"error: two models are called {clash[0]}; name one otherwise: --run NAME=FILE.pt, --external NAME=FILE.h5ad")
-    print(f"{len(tested)} test conditions, {len(genes):,} genes, {sum(map(len, controls)):,} control cells to predict from; device: {device}")
+    print(f"{len(tested)} test conditions, {len(genes):,} genes, {sum(map(len, controls)):,} control cells to predict from; {training.device_words(device)}")
 
     if args.cells:
         path, made = results / "predictions" / "measured.cells.h5ad", shared.made_from({}, [dataset_path])
@@ -794,9 +834,11 @@ def main():
     # Scores
     rows = []
     for name, seed, predicted, truth in profiles:
-        scores = metrics.evaluate(predicted, truth, ctrl, de_idx) | metrics.evaluate_specific(predicted, truth, perturbed_mean)
+        there = np.flatnonzero(np.isfinite(truth).all(1))  # a single cell has no halves
+        scores = metrics.evaluate(predicted[there], truth[there], ctrl, de_idx[there]) \
+            | metrics.evaluate_specific(predicted[there], truth[there], perturbed_mean)
         rows += [(name, seed, data.conditions[c], data.subgroup[c], metric, float(scores[metric][i]))
-                 for i, c in enumerate(tested) for metric in METRICS if np.isfinite(truth[i]).all()]
+                 for i, c in enumerate(tested[there]) for metric in METRICS]
     summary = summarize(rows)
     models = list(dict.fromkeys(name for name, *_ in profiles if any(row[0] == name for row in rows)))
     trained = list(dict.fromkeys([run.name for run in runs] + [name for name, _ in external]))
@@ -872,13 +914,17 @@ def verdict(summary, trained, baselines):
         certainty = "one seed, no interval" if n < 2 else "beyond the intervals" if abs(a - b) > half_widths else "within the intervals"
         return f"{'above' if a > b else 'not above'} {rival} ({number(b, half_b)}; {certainty})"
 
+    def shuffled(model):  # scgenept_go_c,align=linear -> scgenept_go_c-shuffled,align=linear
+        variant, *suffix = model.split(",")
+        return ",".join([f"{variant}-shuffled", *suffix])
+
     best = max(trained, key=lambda model: value(model)[0])
-    rivals = ["non-ctrl-mean", max(baselines, key=lambda model: value(model)[0]), f"{best}-shuffled", "scgpt"]
+    rivals = ["non-ctrl-mean", max(baselines, key=lambda model: value(model)[0]), shuffled(best), best.replace("-shuffled", ""), "scgpt"]
     words = [against(best, rival) for rival in dict.fromkeys(rivals) if rival != best and (rival in trained or rival in baselines)]
     text = f"By Pearson Δ on the top 20 genes, {best} is the best trained model ({number(*value(best)[:2])}): {'; '.join(words)}."
-    controlled = max((model for model in trained if f"{model}-shuffled" in trained), key=lambda model: value(model)[0], default=best)
+    controlled = max((model for model in trained if shuffled(model) in trained), key=lambda model: value(model)[0], default=best)
     if controlled != best:
-        text += f" {controlled} ({number(*value(controlled)[:2])}) is {against(controlled, f'{controlled}-shuffled')}."
+        text += f" {controlled} ({number(*value(controlled)[:2])}) is {against(controlled, shuffled(controlled))}."
     return text
 
 

@@ -101,7 +101,8 @@ TEXTS = {  # name: (content, function that reads it: script modules by number, p
     "proteins": (PROTEINS.encode(), lambda s, path, good: s[1].read_fresh(good / "summaries", path)),
     "colours": (b"gene\tpathway\nA\tx\nB\ty\n", lambda s, path, good: s[2].read_column(f"{path}:pathway")),
     "perturbations": (b"A\nB+A\n\nC\n", lambda s, path, good: s[5].read_perturbations(
-        [str(path)], SimpleNamespace(genes=np.array(["A", "B", "C"], dtype=object), vocab="own genes"), path))}
+        [str(path)], SimpleNamespace(genes=np.array(["A", "B", "C"], dtype=object), vocab="own genes", control="ctrl",
+                                       conditions=np.array(["ctrl", "A+ctrl"]), targets=np.array([[-1], [0]])), path))}
 JSON = {
     "released texts": (NCBI_TEXTS, lambda s, path: s[1].read_released(path)),
     "vocabulary": ({"A": 0, "<pad>": 1, "B": 2}, lambda s, path: s[3].read_vocab(path)),
