@@ -1,5 +1,6 @@
 """The same command gives the same results. Also after runs that end too soon: killed, interrupted, or on a full disk. What those leave
 behind is whole."""
+import contextlib
 import csv
 import importlib
 import itertools
@@ -282,7 +283,8 @@ def test_any_stage_that_is_interrupted_ends_in_one_line(whole, tmp_path, script)
         n_files = len(list(root.rglob("*")))
         process = start(script, *STAGES[script], root=root)
         until(lambda: len(list(root.rglob("*"))) > n_files)
-        os.kill(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGINT)
         process.join()
     assert last_words(process).startswith("interrupted; the same command ")
     assert not list(root.rglob("*.tmp"))

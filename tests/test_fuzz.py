@@ -232,6 +232,7 @@ def copied(good, root):
 
 
 @SELDOM
+@pytest.mark.filterwarnings("ignore:Casting complex")
 @pytest.mark.parametrize("file", ["state.pt", "config.json", "args.json"])
 def test_training_goes_on_from_what_it_finds_or_refuses_it(good, tmp_path, file, n_examples):
     def check(rng):
