@@ -46,6 +46,7 @@ PAPER_GO_RELEASE = "2024-01-17"
 BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations"
 RELEASED = {"ncbi": f"{BUCKET}/NCBI_summary_of_genes.json", "ncbi+uniprot": f"{BUCKET}/NCBI_UniProt_summary_of_genes.json"}
 GO_DATED, GO_CURRENT = "https://release.geneontology.org", "https://current.geneontology.org"
+VOCAB = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/vocab.json"
 NCBI = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"
 UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv&fields=gene_primary,cc_function"
            "&query=%28organism_id%3A9606%29%20AND%20%28reviewed%3Atrue%29")
@@ -57,6 +58,8 @@ STALE = 10 * PATIENCE       # seconds after which a lock that nobody touches is 
 TRIES = 6                   # in a row without getting any further
 LONGEST_WAIT = 3600         # seconds; a server that asks for more is not waited for
 LONGEST_LINE = 500_000      # bytes; no line of these formats comes near
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")  # Okabe and Ito: colour-blind people tell them apart
+GREY = "#999999"
 MEND = "put a good file there, or delete it if this script downloaded it"
 
 
@@ -94,6 +97,13 @@ def common_options(parser):
                         help="the folder that holds data/, runs/ and results/ (default: the current folder)")
     parser.add_argument("--force", action="store_true", help="do it again even if the output is there")
     return parser
+
+
+def seed(text):
+    """A seed on the command line."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
 
 
 def check_name(name, what):
@@ -222,6 +232,24 @@ def write_strings(group, name, strings):
     group.create_dataset(name, data=np.array(list(strings), dtype=object), dtype=h5py.string_dtype())
 
 
+def new_figure(width, height, title):
+    """An empty figure (inches) that needs no display."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: no window, no backend to choose
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG, whole or not at all."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
 @contextlib.contextmanager
 def open_h5(path, made_by, keys=()):
     """Yield an HDF5 file that an earlier stage made. Ends the run when it is missing (naming the command that makes
@@ -308,8 +336,14 @@ def difference(old, new):
             a, b = old[kind].get(name), new[kind].get(name)
             if a != b:
                 words.append(f"{name} was {a}, now {b}" if kind == "options" else
-                             f"{name} {'changed' if a and b else 'is new' if b else 'is no longer an input'}")
+                             f"{name} {change(a, b) if a and b else 'is new' if b else 'is no longer an input'}")
     return "; ".join(words)
+
+
+def change(old, new):
+    """What two fingerprints that differ say of a file, in words."""
+    sizes = [words.split()[1] for words in (old, new) if words.startswith("size ")]
+    return "has the same size and another date (a copy? cp -p and rsync -a keep dates)" if len(sizes) == 2 and len(set(sizes)) == 1 else "changed"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -814,29 +848,25 @@ def report(path, vocab):
 def draw(path, figure_path, title):
     """Draw the number of genes with text of each source, and each GO category's 20 commonest terms (the paper's Figures 4
     and 5)."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no window, no backend to choose
     with open_h5(path, "01_fetch_annotations.py") as file:
-        panels = [("Genes with text", [(source, len(file[source]["genes"])) for source in in_order(file)], "#0072B2")]
-        for source, color in zip(GO_PREFIX, ("#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's colours
+        panels = [("Genes with text", [(source, len(file[source]["genes"])) for source in in_order(file)], COLORS[0])]
+        for source, color in zip(GO_PREFIX, COLORS[1:]):
             if source in file:
                 terms, counts = np.unique(find(file, f"{source}/terms", path)[:], return_counts=True)
                 bars = [(terms[i].decode(), counts[i]) for i in np.argsort(-counts, kind="stable")[:20]]
                 panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
     height = 5.5 * ((len(panels) + 1) // 2) if len(panels) > 1 else 1.2 + 0.35 * len(panels[0][1])
-    figure = Figure(figsize=(9 * min(len(panels), 2), height), layout="constrained")
-    figure.suptitle(title)
+    figure = new_figure(9 * min(len(panels), 2), height, title)
     for i, (name, bars, color) in enumerate(panels):
         axes = figure.add_subplot((len(panels) + 1) // 2, min(len(panels), 2), i + 1)
         names = [label if len(label) < 60 else label[:57] + "..." for label, _ in bars]
         axes.bar_label(axes.barh(range(len(bars)), [count for _, count in bars], color=color), padding=3, fontsize=8,
                        labels=[f"{count:,}" for _, count in bars])
-        axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(bars)), names, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.08)
         axes.set(title=name, xlabel="genes")
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(figure_path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    save_figure(figure, figure_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -934,7 +964,10 @@ def main():
     if todo:
         figure.unlink(missing_ok=True)  # drawn again even if this run is killed before it comes to that
         write(path, space, todo, collect(todo, args.force))
-    report(path, path.parent / "scgpt" / "vocab.json")
+    vocab = path.parent / "scgpt" / "vocab.json"
+    if any(url for _, inputs, _ in todo.values() for url in inputs.values()):  # own texts alone need no network
+        download(VOCAB, vocab)
+    report(path, vocab)
     draw(path, figure, SYNTHETIC if space == "demo" else "Human genes")
     print(f"wrote {path} and {figure}")
     print("next: python 02_embed.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}")

@@ -64,7 +64,6 @@ PRICES_NOTED = "May 2026"
 
 LSA_DIM = 256  # most dimensions of an lsa vector
 MAX_POINTS = 20_000  # of a figure
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]  # Okabe and Ito, colour-blind-safe
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,9 +550,8 @@ def project(vectors):
 def draw(path, title, vectors, labels, legend):
     """Draw the projection of vectors (n, d), coloured by n labels: numbers on a scale, words as categories (the most
     frequent ones in colours, the others grey like points without a label)."""
-    from matplotlib.figure import Figure
     xy, axis_names = project(vectors)
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    figure, colors = stage01.new_figure(7, 5.5, title), stage01.COLORS
     axes = figure.subplots()
     style = {"s": 8 if len(labels) > 1000 else 25, "linewidths": 0, "alpha": 0.6}
     try:
@@ -565,16 +563,15 @@ def draw(path, title, vectors, labels, legend):
         known = np.isfinite(numbers)
         figure.colorbar(axes.scatter(*xy[known].T, c=numbers[known], cmap="viridis", **style), label=legend)
     else:
-        groups = dict(zip([label for label, _ in Counter(filter(None, labels)).most_common(len(COLORS))], COLORS))
+        groups = dict(zip([label for label, _ in Counter(filter(None, labels)).most_common(len(colors))], colors))
         other = [i for i, label in enumerate(labels) if label not in groups]
-        axes.scatter(*xy[other].T, color="#BBBBBB" if groups else COLORS[0], label="other" if other else None, **style)
+        axes.scatter(*xy[other].T, color="#BBBBBB" if groups else colors[0], label="other" if other else None, **style)
         for group, color in groups.items():
             axes.scatter(*xy[[label == group for label in labels]].T, color=color, label=group, **style)
         if groups:
             figure.legend(title=legend, loc="outside right upper", fontsize=8)
-    axes.set(xlabel=axis_names[0], ylabel=axis_names[1], title=title)
-    with stage01.replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
+    stage01.save_figure(figure, path)
     print(f"{path}: projection")
 
 

@@ -34,14 +34,13 @@ shared = importlib.import_module("01_fetch_annotations")
 find, damage_in = shared.find, shared.damage_in
 
 DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile/"
-DATASETS = {  # GEARS' hosted data: address, bytes where known
-    "norman": (DATAVERSE + "6154020", 168_758_985),
-    "adamson": (DATAVERSE + "6154417", None),
-    "dixit": (DATAVERSE + "6154416", None),
-    "replogle_k562_essential": (DATAVERSE + "7458695", None),
-    "replogle_rpe1_essential": (DATAVERSE + "7458694", None),
+DATASETS = {  # GEARS' hosted data: address, and where known the bytes of the zip and the SHA-256 of the h5ad in it
+    "norman": (DATAVERSE + "6154020", 168_758_985, "23ffb0fac6a847ff927cf7509d80d85052bfefbfb97610786a2dafaaefa0b6a0"),
+    "adamson": (DATAVERSE + "6154417", None, None),
+    "dixit": (DATAVERSE + "6154416", None, None),
+    "replogle_k562_essential": (DATAVERSE + "7458695", None, None),
+    "replogle_rpe1_essential": (DATAVERSE + "7458694", None, None),
 }
-VOCAB_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/vocab.json"
 N_TOP = 20  # differentially expressed genes that the metrics look at
 BLOCK = 2**23  # values of X in memory at a time while it is read: 64 MB as float32 and int32, several times that at work
 LARGEST_LOG = 50  # no logarithm of an expression comes near
@@ -319,8 +318,9 @@ def simulate_demo():
 # AnnData files, also broken ones and ones from strangers
 
 @contextlib.contextmanager
-def as_h5ad(path, folder):
-    """Yield the path of an h5ad file: `path` itself, or the one inside a zip, unpacked into `folder` for as long as needed."""
+def as_h5ad(path, folder, sha256=None):
+    """Yield the path of an h5ad file: `path` itself, or the one inside a zip, unpacked into `folder` for as long as needed. Ends the
+    run where that is not the one with this SHA-256."""
     if not zipfile.is_zipfile(path):
         yield path
         return
@@ -328,7 +328,10 @@ def as_h5ad(path, folder):
         if time.time() - leftover.stat().st_mtime > 86400:
             shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary:
-        yield unpack(path, Path(temporary) / "cells.h5ad")
+        h5ad = unpack(path, Path(temporary) / "cells.h5ad")
+        if sha256 and (found := shared.checksum(h5ad, "sha256")) != sha256:
+            sys.exit(f"error: {path}: the SHA-256 of the cells in it is {found}, expected {sha256}; delete it and run again")
+        yield h5ad
 
 
 def unpack(path, target):
@@ -684,14 +687,15 @@ def warn_of_targets(unmeasured, all_targets, measured, args):
               "(--gene-key)", file=sys.stderr)
 
 
-def text_coverage(path, genes, dataset):
-    """How many of the genes each source of stage 01 has a text for, in a line; what to run where there is none yet."""
-    stage_01 = "python 01_fetch_annotations.py" + ("" if dataset == "demo" else f" --dataset {dataset}")
+def text_coverage(path, genes, targets, dataset):
+    """How many of the genes and of the targets each source of stage 01 has a text for; what to run where there is none yet."""
+    stage_01 = "01_fetch_annotations.py" + ("" if dataset == "demo" else f" --dataset {dataset}")
     if not path.exists():
-        return f"genes with text: not known before {stage_01}"
+        return f"genes with text: not known before python {stage_01}"
     with shared.open_h5(path, stage_01) as file:
-        counts = [f"{name} {len(genes.intersection(find(file, f'{name}/genes', path).asstr()[:])):,}" for name in shared.in_order(file)]
-    return f"genes with text, of {len(genes):,}: " + ", ".join(counts)
+        with_text = {name: set(find(file, f"{name}/genes", path).asstr()[:]) for name in shared.in_order(file)}
+    return "\n".join(f"{what} with text, of {len(names):,}: " + ", ".join(f"{name} {len(of & names):,}" for name, of in with_text.items())
+                     for what, names in (("genes", set(genes)), ("targets", set(targets))))
 
 
 def options():
@@ -710,7 +714,7 @@ def options():
                         help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
     parser.add_argument("--split", default="simulation", metavar="simulation|FILE.json",
                         help='the paper\'s split, or a file {"train": [label, ...], "val": [...], "test": [...]} (default: simulation)')
-    parser.add_argument("--split-seed", type=int, default=1, metavar="N", help="seed of the simulation split (default: 1, the paper's)")
+    parser.add_argument("--split-seed", type=shared.seed, default=1, metavar="N", help="seed of the simulation split (default: 1, the paper's)")
     parser.add_argument("--vocab", metavar="FILE|none", help="vocabulary that numbers the genes (default: scGPT's, fetched to "
                         "data/human/scgpt/; none: the dataset's own genes, to train without pretrained weights; the demo: none)")
     args = parser.parse_args()
@@ -744,11 +748,11 @@ def main():
     if args.vocab not in (None, "none"):
         vocab_path = Path(args.vocab)
     elif args.vocab is None and not is_demo:
-        vocab_path = shared.download(VOCAB_URL, args.root / "data" / "human" / "scgpt" / "vocab.json")
+        vocab_path = shared.download(shared.VOCAB, args.root / "data" / "human" / "scgpt" / "vocab.json")
     vocab = read_vocab(vocab_path) if vocab_path else None
-    source = args.h5ad
+    source, sha256 = args.h5ad, None
     if not is_demo and source is None:
-        url, size = DATASETS[args.dataset]
+        url, size, sha256 = DATASETS[args.dataset]
         source = shared.download(url, folder / f"{args.dataset}.zip", size=size)
     inputs = [p for p in (source, vocab_path, None if args.split == "simulation" else Path(args.split)) if p]
     made = shared.made_from({"condition_key": args.condition_key, "control": args.control, "gene_key": args.gene_key,
@@ -767,7 +771,7 @@ def main():
         conditions, cell_condition, targets_of = choose_conditions(*np.unique(labels, return_inverse=True), genes, args, "the demo")
         X, cell_condition, rankings = X[cell_condition >= 0], cell_condition[cell_condition >= 0], None
     else:
-        with as_h5ad(source, folder) as h5ad:
+        with as_h5ad(source, folder, sha256) as h5ad:
             X, genes, conditions, cell_condition, targets_of, rankings = read_h5ad(h5ad, args, source)
     n_cells = np.bincount(cell_condition, minlength=len(conditions))
     ctrl = int(np.flatnonzero(conditions == args.control)[0])
@@ -827,7 +831,9 @@ def main():
     print(f"{len(all_targets) - len(unmeasured):,} of {len(all_targets):,} targets are measured"
           + (f"; {len(unmeasured):,} join as unmeasured genes ({(token_ids[n_measured:] != pad_id).sum():,} of them in the vocabulary): "
              + shown(unmeasured) if unmeasured else ""))
-    print(text_coverage(args.root / "data" / shared.space_of(args.dataset) / "annotations.h5", set(genes), args.dataset))
+    if nameless := sorted(target for target in all_targets if vocab is not None and target not in vocab):
+        print(f"{len(nameless):,} targets are not in the vocabulary; the network cannot tell these from each other: {shown(nameless)}")
+    print(text_coverage(args.root / "data" / shared.space_of(args.dataset) / "annotations.h5", genes, all_targets, args.dataset))
     for name in ("train", "val", "test"):
         groups = [subgroup.get(label, "") for label in perturbed if split[label] == name]
         print(f"{name}: {len(groups)} conditions" + "".join(f", {groups.count(g)} {g}" for g in sorted(set(groups)) if g))

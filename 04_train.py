@@ -193,12 +193,16 @@ def choose_embeddings(variant, found, embedder, mode, command):
     if not variant.sources:
         return {}, []
     common = set.intersection(*(set(found[source]) for source in variant.sources))
+    if not common:
+        sys.exit(f"error: {variant.name}: its sources have no embedder and mode in common ("
+                 + "; ".join(f"{source}: {', '.join('.'.join(of) for of in found[source])}" for source in variant.sources)
+                 + "); embed them alike with 02_embed.py")
     suffix = []
 
     def choose(option, wanted, there, preferred):
         default = there[0] if len(there) == 1 else preferred if preferred in there else None
         if wanted is None and default is None:
-            sys.exit(f"error: {variant.name}: vectors of {', '.join(there) or 'no common embedder'} are there; choose with --{option}")
+            sys.exit(f"error: {variant.name}: vectors of {', '.join(there)} are there; choose with --{option}")
         if wanted is not None and wanted not in there:
             sys.exit(f"error: {variant.name}: no vectors with {option} {wanted} (there are: {', '.join(there)}); make them with 02_embed.py")
         if wanted not in (None, default):
@@ -361,7 +365,8 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         try:
             state = torch.load(run / "state.pt", map_location=device, weights_only=True)
             for part, name in ((net, "model"), (optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
-                part.load_state_dict(state[name])
+                if state[name] or name != "scaler":  # empty where it was saved without one, in another precision
+                    part.load_state_dict(state[name])
             log = [{column: row[column] for column in LOG_COLUMNS} for row in state["log"]]
             best_epoch, best_val = state["best_epoch"], state["best_val"]
             if not 0 <= best_epoch <= len(log) or not best_val > 0:
@@ -457,7 +462,7 @@ def options():
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
     add = parser.add_argument
     add("--variant", nargs="+", default=VARIANTS, metavar="NAME", help=f"default: {' '.join(VARIANTS)}")
-    add("--seed", nargs="+", type=int, default=[42], metavar="N", help="default: 42; the paper's: 42 23 89 30 12")
+    add("--seed", nargs="+", type=shared.seed, default=[42], metavar="N", help="default: 42; the paper's: 42 23 89 30 12")
     add("--embedder", metavar="NAME", help="whose vectors, where a source has several (default: the only ones, else published)")
     add("--mode", choices=("concat", "avg"), help="which vectors, where a source has both (default: the only ones, else concat)")
     add("--epochs", type=int, metavar="N", help="at most; default: 20, the demo's: 12")
@@ -485,8 +490,9 @@ def main():
     defaults = DEMO_DEFAULTS if is_demo else DEFAULTS
     of_dataset = "" if is_demo else f" --dataset {args.dataset}"
     settings = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
-    for name in ("epochs", "batch_size", "lr", "genes_per_batch"):
-        if settings[name] <= 0:
+    for name in ("epochs", "batch_size", "lr", "genes_per_batch", *SCRATCH_SIZES):
+        value = settings.get(name, getattr(args, name))
+        if value is not None and value <= 0:
             sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
     for name in ("dropout", "attention_dropout"):
         if not 0 <= (settings.get(name, getattr(args, name)) or 0) < 1:
@@ -600,7 +606,8 @@ def is_to_be_trained(run, config, force, rank, n_processes):
         print("  finished already (--force trains anew)")
         return False
     if rank == 0:
-        if force and run.exists():
+        if not old and run.exists():  # --force, or what a killed --force left
+            path.unlink(missing_ok=True)  # first: without it nothing else in the folder counts
             shutil.rmtree(run)
         if not old:
             shared.write_text(path, json.dumps(config | {"finished": False}, indent=1))

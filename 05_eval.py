@@ -136,7 +136,7 @@ PAPER_BY_SUBGROUP = """
         random                 0.397 ± 0.04 | 0.771 ± 0.06 | 0.630 ± 0.01 | 0.619 ± 0.00
         non-ctrl-mean          0.397 ± 0.00 | 0.741 ± 0.00 | 0.656 ± 0.00 | 0.640 ± 0.00"""
 PAPER_SUBGROUPS = ("unseen_single", "combo_seen0", "combo_seen1", "combo_seen2")
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")  # told apart by colour-blind people
+COLORS = (*shared.COLORS, shared.GREY)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,25 +489,10 @@ def tables_by_embedding(summary, runs):
     return lines
 
 
-def new_figure(width, height, title):
-    """An empty figure (inches) that needs no display."""
-    from matplotlib.figure import Figure  # no pyplot: no window, no backend to choose
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    return figure
-
-
-def save_figure(figure, path):
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    with shared.replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
-
-
 def draw_bars(path, summary, models, subgroups, title):
     """Bars with 95% intervals: Pearson delta and mean squared error on the top 20 genes, by subgroup (the paper's Figures 10
     and 14 to 16)."""
-    figure = new_figure(min(max(6.5, 1.2 + 0.22 * len(models) * len(subgroups)), 30), 7.5, title)
+    figure = shared.new_figure(min(max(6.5, 1.2 + 0.22 * len(models) * len(subgroups)), 30), 7.5, title)
     for axes, metric, label in zip(figure.subplots(2, 1), ("pearson_delta_top20", "mse_top20"),
                                    ("Pearson Δ, top 20 DE genes", "MSE, top 20 DE genes\n(squared log-normalized expression)")):
         for i, model in enumerate(models):
@@ -523,7 +508,7 @@ def draw_bars(path, summary, models, subgroups, title):
         axes.set_xticks(range(len(subgroups)), [group.replace("_", " ") for group in subgroups])
         axes.set_ylabel(label)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-    save_figure(figure, path)
+    shared.save_figure(figure, path)
 
 
 def by_subgroup(groups):
@@ -534,7 +519,7 @@ def by_subgroup(groups):
 def draw_split(path, data, title):
     """Conditions of the split by subgroup (the paper's Figure 7)."""
     groups = [(split, group) for split in ("train", "val", "test") for group in by_subgroup(data.subgroup[data.split == split])]
-    figure = new_figure(6.5, 0.6 + 0.35 * len(groups), title)
+    figure = shared.new_figure(6.5, 0.6 + 0.35 * len(groups), title)
     axes = figure.subplots()
     counts = [((data.split == split) & (data.subgroup == group)).sum() for split, group in groups]
     bars = axes.barh(range(len(groups)), counts, color=[COLORS[("train", "val", "test").index(split)] for split, _ in groups])
@@ -542,7 +527,7 @@ def draw_split(path, data, title):
     axes.set_yticks(range(len(groups)), [f"{split} {group.replace('_', ' ')}".strip() for split, group in groups])
     axes.invert_yaxis()
     axes.set_xlabel("conditions")
-    save_figure(figure, path)
+    shared.save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,6 +569,10 @@ def read_perturbations(items, data, vocab_path):
         data.measured = np.concatenate([data.measured, np.zeros(len(new), dtype=bool)])
         data.mean = np.pad(data.mean, ((0, 0), (0, len(new))))
         data.X.resize(data.X.shape[0], len(data.genes))
+    tokens = dict(zip(data.genes, data.token_ids))
+    nameless = [gene for gene in dict.fromkeys(gene for genes in genes_of.values() for gene in genes) if tokens[gene] == data.pad_id]
+    if nameless:
+        print(f"not in the vocabulary, so that the models cannot tell these from each other: {', '.join(nameless)}")
     return genes_of, new
 
 
@@ -711,11 +700,11 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
         cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
         series = {"measured": data.X[cells].toarray()[:, top] - ctrl[top]} | series
     words = f"the {len(top)} genes that change most as " + ("measured" if conditions else f"{next(iter(predicted))} predicts; not measured")
-    figure = new_figure(12, 5, f"{label}: {words}{' (SYNTHETIC data)' if data.synthetic else ''}\n"
+    figure = shared.new_figure(12, 5, f"{label}: {words}{' (SYNTHETIC data)' if data.synthetic else ''}\n"
                         "cells between the quartiles (box), median (line), mean (diamond), rest without outliers (whiskers)")
     axes = figure.subplots()
     for i, (name, values) in enumerate(series.items()):
-        color = "#999999" if name == "measured" else COLORS[(i - bool(conditions)) % (len(COLORS) - 1)]
+        color = shared.GREY if name == "measured" else shared.COLORS[(i - bool(conditions)) % len(shared.COLORS)]
         at = np.arange(len(top)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
         boxes = axes.boxplot(values, positions=at, widths=0.7 / len(series), showfliers=False, patch_artist=True,
                              medianprops={"color": "black"}, manage_ticks=False, showmeans=True,
@@ -729,7 +718,7 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
     axes.set_ylabel("expression of a cell less the control mean\n(log-normalized)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     name = re.sub(r"[^A-Za-z0-9_+-]", "_", label)
-    save_figure(figure, results / f"predicted_{name}.png")
+    shared.save_figure(figure, results / f"predicted_{name}.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -747,7 +736,7 @@ def options():
     add("--vocab", type=Path, metavar="FILE", help="vocab.json for targets of --predict that the dataset lacks (default: data/human/scgpt/)")
     add("--controls", type=int, metavar="N", help="control cells a condition (default: as many as the condition has cells; "
         f"--predict: {N_FIGURE_CONTROLS})")
-    add("--seed", type=int, default=42, metavar="N", help="of the draw of control cells (default: 42)")
+    add("--seed", type=shared.seed, default=42, metavar="N", help="of the draw of control cells (default: 42)")
     add("--batch-size", type=int, metavar="N", help=f"cells at a time (default: so that cells x genes is {CELLS_X_GENES:,})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser.parse_args()

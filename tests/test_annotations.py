@@ -74,7 +74,8 @@ ANNOTATIONS = "!gaf-version: 2.2\n!\n" + "".join([
     annotation("KLF1", "GO:0005634", "C", "located_in"),
 ])
 NCBI_TEXTS = {"FOSB": "Gene Symbol FOSB The Fos gene family.", "KLF1": "Gene Symbol KLF1 An erythroid factor."}
-FILES = {NCBI: json.dumps(NCBI_TEXTS).encode(),
+VOCAB = {"/czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/vocab.json": b'{"FOSB": 0, "TP53": 1, "<pad>": 2}'}
+FILES = {**VOCAB, NCBI: json.dumps(NCBI_TEXTS).encode(),
          BUCKET + "NCBI_UniProt_summary_of_genes.json": b'{"FOSB": "Gene Symbol FOSB A factor. Protein summary: Binds."}',
          GAF: gzip.compress(ANNOTATIONS.encode()), OBO: ONTOLOGY.encode()}
 
@@ -121,7 +122,7 @@ def terms(root, source):
 
 
 def go_server(*lines, ontology=ONTOLOGY):
-    return Server({GAF: gzip.compress(("!gaf-version: 2.2\n" + "".join(lines)).encode()), OBO: ontology.encode()})
+    return Server({**VOCAB, GAF: gzip.compress(("!gaf-version: 2.2\n" + "".join(lines)).encode()), OBO: ontology.encode()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,8 +163,6 @@ def test_help_comes_at_once():
 def human(tmp_path_factory):
     """A folder with the six sources, what the run printed, and what the server was asked for."""
     root = tmp_path_factory.mktemp("human")
-    (root / "data/human/scgpt").mkdir(parents=True)
-    (root / "data/human/scgpt/vocab.json").write_text(json.dumps({"FOSB": 0, "TP53": 1, "<pad>": 2}))
     with Server(FILES) as server:
         return root, made(root, server=server), server.requests
 
@@ -231,7 +230,7 @@ def test_a_changed_download_makes_its_sources_stale(human, tmp_path):
 
 def test_another_go_release_is_another_input(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
-    with Server({CURRENT + "annotations/goa_human.gaf.gz": FILES[GAF],
+    with Server({**VOCAB, CURRENT + "annotations/goa_human.gaf.gz": FILES[GAF],
                  CURRENT + "ontology/go-basic.obo": FILES[OBO]}) as server:
         output = made(root, "--source", "go_c", "--go-release", "current", server=server)
     assert "go_c: stale, made again (go_release was 2024-01-17, now current" in output
@@ -384,7 +383,7 @@ def fresh(root, server, *options, **environment):
 
 
 def test_fresh_texts_have_the_released_form(tmp_path):
-    with Server(hook=services) as server:
+    with Server(VOCAB, hook=services) as server:
         output, errors = fresh(tmp_path, server).communicate()
     found, both = texts(tmp_path, "ncbi"), texts(tmp_path, "ncbi+uniprot")
     assert found["GENE1"] == "Gene Symbol GENE1 Summary 1." and len(found) == N_GENES * 9 // 10
@@ -394,7 +393,7 @@ def test_fresh_texts_have_the_released_form(tmp_path):
 
 def test_fresh_continues_after_sigkill_with_the_page_that_is_missing_and_the_key_is_nowhere(tmp_path):
     page = EUTILS + "esummary.fcgi"
-    with Server(hook=services) as server:
+    with Server(VOCAB, hook=services) as server:
         server.misbehave(page, {}, {"status": 503}, {"body": b'{"error": "too many requests"}'}, {"stall": 60})
         process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
         while len(server.asked(page)) < 4:
@@ -424,7 +423,7 @@ def test_fresh_continues_after_sigkill_with_the_page_that_is_missing_and_the_key
     {"status": 302, "headers": {"Location": f"http://{KEY[:10]}.invalid/"}},
     {"status": 302, "headers": {"Location": f"nothing://{KEY}"}}], ids=["400", "another form", "nobody there", "no such host", "no such protocol"])
 def test_no_part_of_the_key_is_shown_whatever_the_service_answers(tmp_path, fault):
-    with Server(hook=services) as server:
+    with Server(VOCAB, hook=services) as server:
         server.misbehave(EUTILS + "esummary.fcgi", {}, *[fault] * 6)
         process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
         printed = "".join(process.communicate())
@@ -437,7 +436,7 @@ def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
     raw = tmp_path / "data/human/raw"
     raw.mkdir(parents=True)
     (raw / "ncbi_fresh.jsonl.part").write_text(f'{{"n_genes": {N_GENES}}}\n["0", "GENE0", ""]\n["1", "GENE1", "Summ')
-    with Server(hook=services) as server:
+    with Server(VOCAB, hook=services) as server:
         fresh(tmp_path, server).communicate()
     assert texts(tmp_path, "ncbi")["GENE1"] == "Gene Symbol GENE1 Summary 1."
 

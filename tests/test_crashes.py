@@ -97,7 +97,7 @@ def content(path):
         with h5py.File(path) as file:
             found = {"/": plain(dict(file.attrs))}
             file.visititems(lambda name, item: found.update({name: plain([dict(item.attrs), item[()] if isinstance(item, h5py.Dataset) else 0])}))
-        return found
+        return {name: value for name, value in found.items() if name.removeprefix("uns/") not in CHANGES}
     if path.suffix == ".pt":
         return plain(torch.load(path, weights_only=True))
     if path.name == "config.json":

@@ -101,7 +101,7 @@ TEXTS = {  # name: (content, function that reads it: script modules by number, p
     "proteins": (PROTEINS.encode(), lambda s, path, good: s[1].read_fresh(good / "summaries", path)),
     "colours": (b"gene\tpathway\nA\tx\nB\ty\n", lambda s, path, good: s[2].read_column(f"{path}:pathway")),
     "perturbations": (b"A\nB+A\n\nC\n", lambda s, path, good: s[5].read_perturbations(
-        [str(path)], SimpleNamespace(genes=np.array(["A", "B", "C"], dtype=object), vocab="own genes", control="ctrl",
+        [str(path)], SimpleNamespace(genes=np.array(["A", "B", "C"], dtype=object), vocab="own genes", control="ctrl", pad_id=3, token_ids=np.arange(3),
                                        conditions=np.array(["ctrl", "A+ctrl"]), targets=np.array([[-1], [0]])), path))}
 JSON = {
     "released texts": (NCBI_TEXTS, lambda s, path: s[1].read_released(path)),
@@ -316,7 +316,7 @@ def test_texts_are_read_or_refused(scripts, damaged_copy, n_examples):
     def check(rng):
         path = damaged_copy("data/human/annotations.h5", rng)
         read_or_refused(lambda: scripts[2].read_texts(path, "notes", "concat", "01"))
-        read_or_refused(lambda: scripts[3].text_coverage(path, {"GENE1"}, "mine"))
+        read_or_refused(lambda: scripts[3].text_coverage(path, ["GENE1"], ["GENE2"], "mine"))
         read_or_refused(lambda: scripts[1].is_current(path, '{"inputs": {}, "options": {}}', False, "notes"))
         read_or_refused(lambda: scripts[1].report(path, path / "none"))
         read_or_refused(lambda: scripts[1].draw(path, path.with_suffix(".png"), "") if rng.random() < 0.1 else None)
