@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib
 import lzma
+import os
 import re
 import shutil
 import struct
@@ -358,16 +359,28 @@ def unpack(path, target):
 def check_texts(path, source):
     """End the run where HDF5 would read texts forever: at an entry without length in the heaps ("GCOL" in HDF5's file format)
     that they lie in. Zeros in the place of a part of the file, as a broken copy has them, are enough for that."""
-    heaps, text, position = [], b"", 0
+    arrays, heaps = [(os.path.getsize(path), 0)], []  # first and last byte of what is all numbers, and not looked at; the end of the file
+
+    def note(_, item):
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.id.get_offset() is not None:  # in one piece
+            arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
+
+    with damage_in(source), h5py.File(path, "r") as file:
+        file.visititems(note)
     with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            text = text[-7:] + chunk
-            position += len(chunk)
-            heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
+        position = 0
+        for start, end in sorted(arrays):
+            file.seek(position)
+            text = b""
+            while position < start and (chunk := file.read(min(2**24, start - position))):
+                text = text[-7:] + chunk
+                position += len(chunk)
+                heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
+            position = max(position, end)
         for heap in heaps:
             file.seek(heap + 8)
             size = int.from_bytes(file.read(8), "little") - 16
-            entries = file.read(max(0, min(size, position - heap)))
+            entries = file.read(max(0, min(size, os.path.getsize(path) - heap)))
             at = 0
             while at + 16 <= len(entries):
                 index, _, _, length = struct.unpack_from("<HHIQ", entries, at)

@@ -383,7 +383,8 @@ def halves(data, conditions, seed):
 
 def read_external(item, data, conditions):
     """Another method's predictions, NAME=FILE.h5ad: an obs column `condition`, X predicted expression per cell or per
-    condition, genes by symbol. Returns the name and the mean profiles (conditions, G of the measured genes)."""
+    condition, genes by symbol. Returns the name and the mean profiles (conditions, G of the measured genes), NaN for conditions
+    that the file lacks."""
     prepare = importlib.import_module("03_prepare_data")
     name, _, path = item.partition("=")
     if not path or not Path(path).exists():
@@ -403,18 +404,20 @@ def read_external(item, data, conditions):
             sys.exit(f"error: {path}: {len(missing):,} of {data.measured.sum():,} genes are missing, the first {missing[0]!r}")
         row_of = {label: row for row, label in enumerate(labels)}
         n_cells = np.bincount(label_of_cell[label_of_cell >= 0], minlength=len(labels))
-        absent = [label for label in data.conditions[conditions] if label not in row_of or not n_cells[row_of[label]]]
-        if absent:
-            sys.exit(f"error: {path}: {len(absent)} of {len(conditions)} test conditions are missing, the first {absent[0]!r}")
+        there = np.array([label in row_of and n_cells[row_of[label]] > 0 for label in data.conditions[conditions]])
+        if not there.any():
+            sys.exit(f"error: {path}: none of the {len(conditions)} test conditions is in obs/condition, as {data.conditions[conditions[0]]!r}")
         sums = np.zeros((len(labels), len(codes)))
         for cells, genes, X in prepare.read_blocks(file, path, (len(label_of_cell), len(codes))):
             of_cells = label_of_cell[cells]
             for label in np.unique(of_cells[of_cells >= 0]):
                 sums[label, genes] += np.asarray(X[np.flatnonzero(of_cells == label)].sum(axis=0)).ravel()
-    rows = [row_of[data.conditions[c]] for c in conditions]
+    rows = [row_of[label] for label in data.conditions[conditions[there]]]
     if not np.isfinite(sums[rows]).all():
         sys.exit(f"error: {path}: X holds NaN or infinite values")
-    return name, (sums[rows] / n_cells[rows][:, None])[:, [column[gene] for gene in data.genes[data.measured]]]
+    means = np.full((len(conditions), data.measured.sum()), np.nan)
+    means[there] = (sums[rows] / n_cells[rows][:, None])[:, [column[gene] for gene in data.genes[data.measured]]]
+    return name, means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,6 +443,8 @@ def csv_text(header, rows):
 
 def number(mean, half_width):
     """`0.665 ± 0.010`, with three significant digits where both are small."""
+    if math.isnan(mean):
+        return ""
     size = max(abs(mean), half_width)  # the mean where half_width is NaN
     digits = 3 if size >= 0.1 or size == 0 else min(3 - math.floor(math.log10(size)) - 1, 7)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
@@ -454,14 +459,10 @@ def markdown_table(header, rows):
 
 def marked(summary, models, subgroup, metric):
     """A column of a table: each model's number, the best in bold and the second best in italics."""
-    ranked = sorted({summary[model, subgroup, metric][0] for model in models if model != CEILING}, reverse=METRICS[metric][1])
-    marks = dict(zip(ranked, ("**", "*")))
-    cells = []
-    for model in models:
-        mean, half_width, _ = summary.get((model, subgroup, metric), (math.nan, math.nan, 0))
-        mark = marks.get(mean, "") if model != CEILING else ""
-        cells.append("" if math.isnan(mean) else f"{mark}{number(mean, half_width)}{mark}")
-    return cells
+    values = {model: summary.get((model, subgroup, metric), (math.nan, math.nan))[:2] for model in models}
+    ranked = sorted({mean for model, (mean, _) in values.items() if model != CEILING and not math.isnan(mean)}, reverse=METRICS[metric][1])
+    mark_of = {model: dict(zip(ranked, ("**", "*"))).get(mean, "") if model != CEILING else "" for model, (mean, _) in values.items()}
+    return [f"{mark_of[model]}{number(*values[model])}{mark_of[model]}" for model in models]
 
 
 def paper_rows(text):
@@ -823,7 +824,7 @@ def main():
     # Scores
     rows = []
     for name, seed, predicted, truth in profiles:
-        there = np.flatnonzero(np.isfinite(truth).all(1))  # a single cell has no halves
+        there = np.flatnonzero(np.isfinite(predicted).all(1) & np.isfinite(truth).all(1))  # a single cell has no halves
         scores = metrics.evaluate(predicted[there], truth[there], ctrl, de_idx[there]) \
             | metrics.evaluate_specific(predicted[there], truth[there], perturbed_mean)
         rows += [(name, seed, data.conditions[c], data.subgroup[c], metric, float(scores[metric][i]))
@@ -840,6 +841,9 @@ def main():
     # Report
     label = " (SYNTHETIC data)" if data.synthetic else ""
     words = verdict(summary, trained, [model for model in models if model not in trained and model != CEILING])
+    for name, means in external:
+        if n_missing := np.isnan(means).any(1).sum():
+            words += f" The figures of {name} are means over {len(tested) - n_missing} of these conditions; its file lacks the others."
     draw_split(results / "split.png", data, f"{args.dataset}{label}: conditions of the split")
     draw_bars(results / "subgroups.png", summary, models, subgroups, f"{args.dataset}{label}: held-out perturbations\nmean over conditions and seeds; "
               "lines: 95% interval over seeds, cut at the edge")
@@ -848,7 +852,7 @@ def main():
     shown = trained + [model for model in list(BASELINES)[:3] if model not in trained]
     header = [f"{METRICS['pearson_delta_top20'][0]}{label}", "n", *shown]
     table = [[group, (data.subgroup[tested] == group).sum() if group != "all" else len(tested)]
-             + [number(*summary[model, group, "pearson_delta_top20"][:2]) for model in shown] for group in subgroups]
+             + [number(*summary.get((model, group, "pearson_delta_top20"), (math.nan, math.nan))[:2]) for model in shown] for group in subgroups]
     print(f"\n{markdown_table(header, table)}\n\n{words}\n")
     print(f"report with all baselines and metrics: {results / 'report.md'}\nfigures: {results / 'subgroups.png'}, {results / 'split.png'}\n"
           f"values: {results / 'metrics.csv'}, {results / 'summary.csv'}")

@@ -101,15 +101,16 @@ def test_matching_mean_and_additive_take_the_parts_trained_profiles(evaluation):
     np.testing.assert_allclose(means["additive"], [A + B - ctrl, A, ctrl])
 
 
-@pytest.mark.parametrize("width", [2, 40])
-def test_the_ridge_baseline_is_the_closed_form_with_the_penalty_that_validation_chooses(evaluation, tmp_path, width):
+@pytest.mark.parametrize("width, known", [(2, "ABCDE"), (40, "ABCDE"), (2, "ABCE")])
+def test_the_ridge_baseline_is_the_closed_form_with_the_penalty_that_validation_chooses(evaluation, tmp_path, width, known):
     data = small_screen()
     rng = np.random.default_rng(1)
-    vectors = {gene: rng.normal(size=width) for gene in "ABCDE"}
+    vectors = {gene: rng.normal(size=width).astype(np.float32) for gene in known}
     with h5py.File(tmp_path / "s.h5", "w") as file:
         file.create_dataset("genes", data=list(vectors), dtype=h5py.string_dtype())
         file["vectors"] = np.stack(list(vectors.values()))
-    x = np.stack([sum((vectors["ABCDE"[t]] for t in targets if t >= 0), np.zeros(width)) for targets in data.targets])
+    mean = np.mean([vectors[gene] for gene in "ABC"], axis=0, dtype=float)  # of the training targets, for one without a vector
+    x = np.stack([sum((vectors.get("ABCDE"[t], mean) for t in targets if t >= 0), np.zeros(width)) for targets in data.targets])
     train, val, test = [1, 2, 3, 4], [8], [5, 6, 7]
     design = np.column_stack([x, np.ones(len(x))])
     best = None
@@ -149,6 +150,9 @@ def test_the_verdict_says_in_words_what_the_numbers_say(evaluation):
     words_2 = evaluation.verdict(summary(scgpt=(0.5, 0.1, 3), lang=(0.4, 0.05, 3), lang_shuffled=(0.1, 0.1, 3), non_ctrl_mean=(0.6, np.nan, 1)),
                                  ["scgpt", "lang", "lang-shuffled"], ["non-ctrl-mean"])
     assert words_2.endswith(". lang (0.400 ± 0.050) is above lang-shuffled (0.100 ± 0.100; beyond the intervals).")
+    two = {(name, "all", "pearson_delta_top20"): (value, np.nan, 1) for name, value in (("non-ctrl-mean", 0.1), ("a,mode=avg", 0.5), ("a-shuffled,mode=avg", 0.6))}
+    words_3 = evaluation.verdict(two, ["a,mode=avg", "a-shuffled,mode=avg"], ["non-ctrl-mean"])
+    assert "a-shuffled,mode=avg is the best trained model" in words_3 and "above a,mode=avg (0.500; one seed, no interval)" in words_3
     assert "not above ridge (0.900; beyond the intervals)" in words and "above lang-shuffled (0.690 ± 0.100; within the intervals)" in words
 
 
@@ -227,10 +231,10 @@ def test_two_models_of_one_name_are_an_error(results, tmp_path, options):
     assert "two models are called" in error_of("05_eval.py", *(word.format(own, tmp_path / "other.h5ad") for word in options), root=tmp_path)
 
 
-@pytest.mark.parametrize("per_cell", [True, False])
-def test_another_methods_predictions_get_the_same_rows(results, tmp_path, per_cell):
+@pytest.mark.parametrize("per_cell, left_out", [(True, ""), (False, ""), (False, "combo_seen2")])
+def test_another_methods_predictions_get_the_same_rows_as_far_as_it_has_the_conditions(results, tmp_path, per_cell, left_out):
     data = results.data
-    tested = np.flatnonzero(data.split == "test")
+    tested = np.flatnonzero((data.split == "test") & (data.subgroup != (left_out or None)))
     order = np.random.default_rng(0).permutation(128)
     rows = np.repeat(tested, 2 if per_cell else 1)
     noise = np.tile([[0.5], [-0.5]], (len(tested), 1)) if per_cell else 0  # cancels in the mean of a condition's cells
@@ -241,7 +245,8 @@ def test_another_methods_predictions_get_the_same_rows(results, tmp_path, per_ce
             file[table].create_dataset(column, data=values, dtype=h5py.string_dtype())
     (tmp_path / "data").symlink_to(results.root / "data")
     (tmp_path / "runs").symlink_to(results.root / "runs")
-    run_script("05_eval.py", "--run", "scgpt", "--controls", 2, "--external", f"oracle={tmp_path / 'other.h5ad'}", root=tmp_path)
+    done = run_script("05_eval.py", "--run", "scgpt", "--controls", 2, "--external", f"oracle={tmp_path / 'other.h5ad'}", root=tmp_path)
+    assert (f"The figures of oracle are means over {len(tested)} of these conditions" in done.stdout) == bool(left_out)
     found = [row for row in csv.DictReader((tmp_path / "results/demo/metrics.csv").open(newline="")) if row["model"] == "oracle"]
     assert {row["condition"] for row in found} == set(data.conditions[tested])
     for row in found:
@@ -323,6 +328,12 @@ def test_all_singles_are_all_genes_of_the_dataset(results, tmp_path):
     done = run_script("05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 1, root=tmp_path)
     rows = list(csv.DictReader((tmp_path / "results/demo/predicted.csv").open(newline="")))
     assert {row["condition"] for row in rows} == set(results.data.genes) and "none for more than 12" in done.stdout
+
+
+def test_a_gene_with_a_plus_in_its_name_is_one_gene(evaluation):
+    data = SimpleNamespace(genes=np.array(["A", "B", "A+B"]), vocab="own genes", control="ctrl", pad_id=3, token_ids=np.arange(3),
+                           conditions=np.array(["ctrl"]), targets=np.array([[-1]]))
+    assert evaluation.read_perturbations(["A+B", "B+A"], data, None) == ({"A+B": ["A+B"], "B+A": ["B", "A"]}, [])
 
 
 def test_predicting_an_unknown_gene_names_it_and_what_comes_near(results):
@@ -520,7 +531,14 @@ def test_runs_that_are_not_finished_or_of_other_data_are_named_and_left_out(resu
     assert sorted(path.name for path in (tmp_path / "results/demo/predictions").iterdir()) == ["scgenept_go_c.seed23.h5ad", "scgenept_go_c.seed42.h5ad"]
 
 
-@pytest.mark.parametrize("args, message", [(["--run", "scgtp"], "--run scgtp: not found"), (["--controls", "0"], "--controls"),
+def test_a_run_goes_by_the_name_of_its_folder(results, tmp_path):
+    (tmp_path / "data").symlink_to(results.root / "data")
+    shutil.copytree(results.root / "runs/demo/scgpt", tmp_path / "runs/demo/scgpt_before")
+    run_script("05_eval.py", "--controls", 2, root=tmp_path)
+    assert {path.name for path in (tmp_path / "results/demo/predictions").iterdir()} == {"scgpt_before.seed23.h5ad", "scgpt_before.seed42.h5ad"}
+
+
+@pytest.mark.parametrize("args, message", [(["--seed", "-1"], "invalid seed value: '-1'"), (["--run", "scgtp"], "--run scgtp: not found"), (["--controls", "0"], "--controls"),
                                            (["--dataset", "mine"], "run first: python 03_prepare_data.py --dataset mine")])
 def test_bad_options_are_one_line(demo, args, message):
     assert message in error_of("05_eval.py", *args, root=demo)

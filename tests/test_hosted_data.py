@@ -86,7 +86,8 @@ def test_texts_vectors_cells_and_pretrained_weights_are_fetched_once_and_used(ho
     assert "ncbi: 21 genes with text" in hosted.said["01_fetch_annotations.py"]
     assert "21 vectors of 1,536 numbers" in hosted.said["02_embed.py"]
     prepared = hosted.said["03_prepare_data.py"]
-    assert "25 of 30 genes are in the vocabulary" in prepared and "the file's own rankings" in prepared and "ncbi 20" in prepared
+    assert "25 of 30 genes are in the vocabulary" in prepared and "the file's own rankings" in prepared and "genes with text, of 31: ncbi 20" in prepared
+    assert "targets with text, of" in prepared
     train = "--variant", "scgpt", "scgenept_ncbi", "genept_ncbi", "--epochs", 1, "--batch-size", 32
     trained = hosted.run("04_train.py", *train).stdout
     assert "of encoder, transformer_encoder, value_encoder" in trained and "20 of 31 genes have a text, 1536-dimensional" in trained

@@ -1,4 +1,5 @@
 """03_prepare_data.py: the paper's split, differential expression, AnnData files of both encodings, and bad input."""
+import hashlib
 import json
 import zipfile
 from collections import Counter
@@ -240,6 +241,16 @@ def test_a_gears_zip_gives_the_same_as_its_h5ad_and_leaves_nothing_unpacked(tmp_
         for name, values in arrays_of(file).items():
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
     assert sorted(path.name for path in (tmp_path / "zip/data/mine").iterdir()) == ["dataset.h5"]
+
+
+def test_unpacked_cells_of_another_checksum_than_known_are_refused(prepare, tmp_path):
+    content = write_h5ad(tmp_path / "cells.h5ad").read_bytes()
+    with zipfile.ZipFile(tmp_path / "gears.zip", "w") as archive:
+        archive.writestr("norman/perturb_processed.h5ad", content)
+    with prepare.as_h5ad(tmp_path / "gears.zip", tmp_path, hashlib.sha256(content).hexdigest()) as unpacked:
+        assert unpacked.read_bytes() == content
+    with pytest.raises(SystemExit, match="the SHA-256 of the cells in it is"), prepare.as_h5ad(tmp_path / "gears.zip", tmp_path, "0" * 64):
+        pass
 
 
 def test_the_dense_counts_layer_is_never_read(tmp_path):

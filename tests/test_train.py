@@ -243,6 +243,13 @@ def test_a_run_killed_between_state_and_model_gets_its_best_model_back(root):
     assert all(torch.equal(value, best[key]) for key, value in model.load(run / "model.pt").state_dict().items())
 
 
+def test_a_folder_without_its_config_is_trained_anew(root):
+    train(root, "--variant", "scgpt", "--epochs", 1)
+    (root / "runs/demo/scgpt/seed42/config.json").unlink()
+    assert "goes on after" not in train(root, "--variant", "scgpt", "--epochs", 1, "--lr", 5e-4).stdout
+    assert [row["lr"] for row in log_of(root)] == ["0.0005"]
+
+
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(root):
     train(root, "--variant", "scgpt", "--epochs", 1, "--seed", 1, 2)
     first, other = (torch.load(root / f"runs/demo/scgpt/seed{seed}/state.pt", weights_only=True)["model"] for seed in (1, 2))
@@ -390,7 +397,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_advice(roo
 @pytest.mark.parametrize("args, message", [
     (["--variant", "scgenept_go_x"], "unknown source"), (["--epochs", "0"], "--epochs"), (["--dropout", "1"], "--dropout"),
     (["--batch-size", "4000"], "lower --batch-size"), (["--device", "cuda"], "--device cuda"), (["--dataset", "a/../b"], "--dataset"),
-    (["--dataset", "mine", "--variant", "scgpt"], "run first: python 03_prepare_data.py --dataset mine"), (["--n-heads", "3"], "not a multiple")])
+    (["--dataset", "mine", "--variant", "scgpt"], "run first: python 03_prepare_data.py --dataset mine"), (["--n-heads", "3"], "not a multiple"),
+    (["--n-heads", "0"], "--n-heads has to be above 0"), (["--seed", "-1"], "invalid seed value: '-1'")])
 def test_bad_options_are_one_line(root, args, message):
     if torch.cuda.is_available() and "cuda" in args:
         pytest.skip("there is a GPU")
