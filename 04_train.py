@@ -332,7 +332,8 @@ def build_model(variant, sizes, options, data, files, seed, pretrained):
 def train(run, net, data, options, seed, device, rank, n_processes):
     """Train `net` in the folder `run`, from its state.pt if there is one; leaves model.pt, state.pt and log.csv.
 
-    Everything random comes from (seed, epoch): a run that was killed and goes on gives the numbers of one that was not.
+    Everything random comes from (seed, epoch, batch): a run that was killed, or interrupted in mid-epoch, and goes on gives the
+    numbers of one that was not.
     Returns the best epoch and its validation error.
     """
     import torch
@@ -356,6 +357,13 @@ def train(run, net, data, options, seed, device, rank, n_processes):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
     log, best_epoch, best_val = [], 0, math.inf
+    done, total = 0, torch.zeros((), device=device)  # batches of the current epoch, and the sum of their losses
+
+    def save_state():
+        """The truth after a kill; model.pt and log.csv follow from it."""
+        with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:
+            torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
+                        "log": log, "best_epoch": best_epoch, "best_val": best_val, "done": done, "total": total}, file)
 
     def save_best():
         with shared.replacing(run / "model.pt") as partial:
@@ -368,14 +376,14 @@ def train(run, net, data, options, seed, device, rank, n_processes):
                 if state[name] or name != "scaler":  # empty where it was saved without one, in another precision
                     part.load_state_dict(state[name])
             log = [{column: row[column] for column in LOG_COLUMNS} for row in state["log"]]
-            best_epoch, best_val = state["best_epoch"], state["best_val"]
-            if not 0 <= best_epoch <= len(log) or not best_val > 0:
-                raise ValueError("no whole epoch in it")
+            best_epoch, best_val, done, total = (state[name] for name in ("best_epoch", "best_val", "done", "total"))
+            if not 0 <= best_epoch <= len(log) or not best_val > 0 or not 0 <= done <= n_steps or total.shape != ():
+                raise ValueError("not a state of this run")
         except Exception as error:  # torch raises many kinds
             sys.exit(f"error: {run / 'state.pt'}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)}); --force trains anew")
         if rank == 0:
-            print(f"  goes on after epoch {len(log)}")
-            if best_epoch == len(log):  # it may have been killed between state.pt and model.pt
+            print(f"  goes on after epoch {len(log)}" + (f", batch {done}" if done else ""))
+            if best_epoch == len(log) and not done:  # it may have been killed between state.pt and model.pt
                 save_best()
     parallel = net if n_processes == 1 else torch.nn.parallel.DistributedDataParallel(net)
 
@@ -388,6 +396,26 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         counts = measured[genes_here]
         return ((predicted.float() - expression(cells, genes)) ** 2 * counts).sum(), counts.sum() * len(cells)
 
+    def train_on(cells, genes):
+        """A training step; the loss of its batch."""
+        squared, n = errors(parallel, cells, genes)
+        loss = squared / n
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    def validate():
+        """Squared error summed over the validation cells, and the number of entries; the same genes after every epoch, so that epochs
+        compare."""
+        parallel.eval()
+        with torch.no_grad():
+            steps = batches(data, val_cells, batch_size, options["genes_per_batch"], np.random.default_rng([seed, 3]))
+            return map(sum, zip(*(errors(net, cells, genes) for cells, genes in steps)))
+
     def over_processes(values):
         values = torch.stack(values)
         if n_processes > 1:
@@ -398,33 +426,30 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         epoch = len(log) + 1
         started = time.perf_counter()
         rng = np.random.default_rng([seed, 1, epoch])
-        torch.manual_seed((seed * 1000 + epoch) * 1000 + rank)  # dropout
         parallel.train()
-        total, steps = torch.zeros((), device=device), batches(data, rng.permutation(train_cells)[:n_steps * batch_size], batch_size,
-                                                               options["genes_per_batch"], rng, options["targets_in_batch"])
+        steps = batches(data, rng.permutation(train_cells)[:n_steps * batch_size], batch_size, options["genes_per_batch"], rng, options["targets_in_batch"])
         progress = tqdm(steps, f"  epoch {epoch}", n_steps, unit_scale=batch_size, unit=" cells", leave=False, disable=None if rank == 0 else True)
-        for step, (cells, genes) in enumerate(progress, 1):
-            squared, n = errors(parallel, cells, genes)
-            loss = squared / n
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total += loss.detach()
-            if device.type == "cpu" or step % 50 == 0 or step == n_steps:  # reading a loss makes a GPU wait
-                if not math.isfinite(total.item()):
-                    sys.exit(f"error: {run}: the loss is {loss.item()} in epoch {epoch}, batch {step}; lower --lr {options['lr']:g}"
-                             + (f"; model.pt holds epoch {best_epoch}" if best_epoch else ""))
-                progress.set_postfix(mse=f"{total.item() / step:.4g}")
-        train_mse = over_processes([total / n_steps / n_processes])[0]
-        parallel.eval()
-        squared, n = torch.zeros((), device=device), torch.zeros((), device=device)
-        with torch.no_grad():  # the same genes after every epoch, so that epochs compare
-            for cells, genes in batches(data, val_cells, batch_size, options["genes_per_batch"], np.random.default_rng([seed, 3])):
-                s, m = errors(net, cells, genes)
-                squared, n = squared + s, n + m
+        try:
+            for step, (cells, genes) in enumerate(progress, 1):
+                if step <= done:
+                    continue
+                with shared.uninterrupted():  # Ctrl-C takes effect between two steps
+                    torch.manual_seed(int(np.random.default_rng([seed, 8, epoch, step, rank]).integers(2**63)))  # dropout
+                    total += train_on(cells, genes)
+                    done = step
+                if device.type == "cpu" or step % 50 == 0 or step == n_steps:  # reading a loss makes a GPU wait
+                    if not math.isfinite(total.item()):
+                        sys.exit(f"error: {run}: the loss is {total.item()} in epoch {epoch}, batch {step}; lower --lr {options['lr']:g}"
+                                 + (f"; model.pt holds epoch {best_epoch}" if best_epoch else ""))
+                    progress.set_postfix(mse=f"{total.item() / step:.4g}")
+            train_mse = over_processes([total / n_steps / n_processes])[0]
+            squared, n = validate()
+        except KeyboardInterrupt:
+            progress.close()
+            if n_processes > 1:  # each has a state of its own
+                raise
+            save_state()
+            sys.exit(f"interrupted in epoch {epoch} after {done} of {n_steps} batches, kept in {run / 'state.pt'}; the same command (without --force) goes on")
         squared, n = over_processes([squared, n])
         val_mse = squared / n
         if not math.isfinite(val_mse):
@@ -433,15 +458,13 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         n_cells = n_steps * batch_size + len(val_cells)
         log.append(dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, schedule.get_last_lr()[0], seconds, n_cells / seconds))))
         schedule.step()
+        done, total = 0, torch.zeros((), device=device)
         if val_mse < best_val:
             best_epoch, best_val = epoch, val_mse
         if rank == 0:
             print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f}{' *' if best_epoch == epoch else '  '}  "
                   f"{seconds:.1f} s  {n_cells / seconds:,.0f} cells/s", flush=True)
-            # the truth after a kill; model.pt and log.csv follow from it
-            with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:
-                torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                            "scaler": scaler.state_dict(), "log": log, "best_epoch": best_epoch, "best_val": best_val}, file)
+            save_state()
             if best_epoch == epoch:
                 save_best()
             write_log(run / "log.csv", log)

@@ -672,7 +672,8 @@ def predict_perturbations(args, data, runs, device, results):
         return {column: [key[i] for key in keys] for i, column in enumerate(("condition", "model", "seed"))}
 
     kept = [(label, name, seed) for label in genes_of for name in seeds for seed in seeds[name]]
-    made = shared.made_from({"controls": len(cells), "seed": args.seed}, [run.path for run in runs])
+    made = shared.made_from({"controls": len(cells), "seed": args.seed,
+                             "models": {f"{run.name}, seed {run.seed}": shared.fingerprint(run.path) for run in runs}}, [])
     write_h5ad(results / "predicted.h5ad", made, (baseline + np.stack([delta[key] for key in kept]))[:, is_measured], columns(kept),
                data.genes[is_measured], "mean predicted log-normalized expression", data, baseline[is_measured])
     if args.cells:
@@ -813,8 +814,10 @@ def main():
     for seed in seeds:
         profiles += [(name, seed if name in DEPEND_ON_SEED else "", means[:, genes], true)
                      for name, means in baseline_means(data, tested, seed).items() if seed == seeds[0] or name in DEPEND_ON_SEED]
-    for source, found in training.embeddings_of(args.root / "data" / shared.space_of(args.dataset) / "embeddings").items():
-        means = ridge_means(data, tested, found.get(("published", "concat")) or next(iter(found.values())))
+    embeddings = training.embeddings_of(args.root / "data" / shared.space_of(args.dataset) / "embeddings")
+    ridge_files = {source: found.get(("published", "concat")) or next(iter(found.values())) for source, found in embeddings.items()}
+    for source, path in ridge_files.items():
+        means = ridge_means(data, tested, path)
         if means is not None:
             profiles.append((f"ridge_{source}", "", means[:, genes], true))
     for seed in seeds:
@@ -847,7 +850,7 @@ def main():
     draw_split(results / "split.png", data, f"{args.dataset}{label}: conditions of the split")
     draw_bars(results / "subgroups.png", summary, models, subgroups, f"{args.dataset}{label}: held-out perturbations\nmean over conditions and seeds; "
               "lines: 95% interval over seeds, cut at the edge")
-    shared.write_text(results / "report.md", report(args, data, summary, models, trained, subgroups, runs, words, len(genes)))
+    shared.write_text(results / "report.md", report(args, data, summary, models, trained, subgroups, runs, ridge_files, words, len(genes)))
 
     shown = trained + [model for model in list(BASELINES)[:3] if model not in trained]
     header = [f"{METRICS['pearson_delta_top20'][0]}{label}", "n", *shown]
@@ -858,7 +861,7 @@ def main():
           f"values: {results / 'metrics.csv'}, {results / 'summary.csv'}")
 
 
-def report(args, data, summary, models, trained, subgroups, runs, words, n_genes):
+def report(args, data, summary, models, trained, subgroups, runs, ridge_files, words, n_genes):
     """The text of report.md."""
     tested = data.split == "test"
     lines = [f"# {args.dataset}: predicting held-out perturbations", ""]
@@ -867,12 +870,14 @@ def report(args, data, summary, models, trained, subgroups, runs, words, n_genes
     lines += [f"Compared on {tested.sum()} held-out conditions and {n_genes:,} genes. {words}", "",
               "Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second best*. Δ is the "
               "difference to the mean of the control cells. Pearson Systema is the same with the mean of the training perturbations in its "
-              "place, and centroid accuracy the share of the other conditions that are farther from a prediction than its own: both are low "
-              "where predictions look alike.", "",
+              "place, and centroid accuracy the share of the other conditions that are farther from a prediction than its own. Where predictions "
+              "look alike, these two are near what chance gives, 0 and 0.5.", "",
               "Of an unseen_single the target, of a combo_seen0, 1 or 2 that many of the targets are among the targets seen in training. "
               "`-shuffled` is a model whose texts were permuted among the genes: what it reaches does not come from what they say.", "",
               "Baselines, which need no training:", "", *(f"- `{name}`: {what}" for name, what in BASELINES.items()),
-              f"- `{CEILING}`: no prediction; one half of a condition's cells scored as if it predicted the other", "",
+              f"- `{CEILING}`: no prediction; one half of a condition's cells scored as if it predicted the other. Both halves are noisy: with "
+              "few cells a good model can be above it", "",
+              f"Vectors of the ridge regressions: {', '.join(path.name for path in ridge_files.values()) or 'none'}.", "",
               "![The split](split.png)", "", "## All test conditions", ""]
     paper = paper_rows(PAPER.get(args.dataset, ""))
     header = ["model", "seeds", *(heading for heading, _ in METRICS.values()), *(f"paper: {METRICS[m][0]}" for m in PAPER_METRICS if paper)]
@@ -889,7 +894,8 @@ def report(args, data, summary, models, trained, subgroups, runs, words, n_genes
                 for i, model in enumerate(models)]
         lines += [f"## By subgroup: {METRICS[metric][0]}", "", markdown_table(header, rows), ""]
     lines += ["![Bars by subgroup](subgroups.png)", "", *tables_by_embedding(summary, runs), "## Runs", "",
-              markdown_table(["model", "seed", "best epoch", "validation MSE", "parameters"], [[run.name, run.seed, *run.facts] for run in runs]), "",
+              markdown_table(["model", "seed", "best epoch", "validation MSE", "parameters", "fingerprint of its file"],
+                             [[run.name, run.seed, *run.facts, shared.fingerprint(run.path)] for run in runs]), "",
               f"Control cells a condition: {args.controls or 'as many as the condition has cells'}, drawn with seed {args.seed}, the same for "
               "all models.", ""]
     return "\n".join(lines)

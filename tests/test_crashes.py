@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -261,18 +262,24 @@ def interrupted(whole, tmp_path_factory):
 
 def test_training_that_is_interrupted_says_how_to_go_on_and_goes_on_to_the_same_weights(whole, interrupted, tmp_path):
     root = shutil.copytree(interrupted[0], tmp_path / "root")
-    assert interrupted[1] == f"interrupted; the same command (without --force) goes on from the last whole epoch, {interrupted[0] / RUN / 'state.pt'}"
+    assert re.fullmatch(rf"interrupted in epoch [23] after \d+ of \d+ batches, kept in {interrupted[0] / RUN / 'state.pt'}; the same command "
+                        r"\(without --force\) goes on", interrupted[1])
     assert "goes on after epoch" in finish(start("04_train.py", *TRAINING, root=root))
     assert contents(root) == whole["04_train.py"].result
 
 
-def test_training_that_is_interrupted_in_its_first_epoch_says_that_nothing_is_kept(whole, tmp_path):
-    root = shutil.copytree(whole["04_train.py"].before, tmp_path / "root")
-    process = start("04_train.py", *TRAINING, "--batch-size", 1, root=root)
+def test_training_that_is_interrupted_amid_its_first_epoch_goes_on_there(whole, tmp_path):
+    options = [*TRAINING, "--batch-size", 8, "--epochs", 1]
+    uninterrupted, root = (shutil.copytree(whole["04_train.py"].before, tmp_path / name) for name in ("whole", "root"))
+    finish(start("04_train.py", *options, root=uninterrupted))
+    process = start("04_train.py", *options, root=root)
     until(lambda: Path(f"{root}.out").exists() and "training cells" in Path(f"{root}.out").read_text())
-    time.sleep(0.2)
+    time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
-    assert "no epoch was finished yet" in last_words(process) and not list(root.rglob("*.pt"))
+    n_done, n_batches = re.match(r"interrupted in epoch 1 after (\d+) of (\d+) batches", last_words(process)).groups()
+    assert 0 < int(n_done) < int(n_batches)
+    assert f"goes on after epoch 0, batch {n_done}\n" in finish(start("04_train.py", *options, root=root))
+    assert contents(root) == contents(uninterrupted)
 
 
 @pytest.mark.parametrize("script", [script for script in STAGES if script != "04_train.py"])
@@ -311,10 +318,12 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_earlier_results_stay(wh
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
 @pytest.mark.parametrize("file, limit", [("state.pt", 100_000), ("model.pt", 30_000)])
-def test_training_on_a_full_disk_keeps_the_last_epoch(interrupted, tmp_path, file, limit):
-    root = shutil.copytree(interrupted[0], tmp_path / "root")
-    if file == "model.pt":
-        (root / RUN / file).unlink()  # as after a kill just before it is written
+def test_training_on_a_full_disk_keeps_the_last_epoch(whole, interrupted, tmp_path, file, limit):
+    root = shutil.copytree(interrupted[0] if file == "state.pt" else whole["04_train.py"].after, tmp_path / "root")
+    if file == "model.pt":  # as after a kill just before it is written
+        (root / RUN / file).unlink()
+        config = root / RUN / "config.json"
+        config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
     before = contents(root)
     assert f"{file}: File too large; what was there before is as it was" in last_words(start("04_train.py", *TRAINING, root=root, limit=limit))
     assert contents(root) == before and not list(root.rglob("*.tmp"))
