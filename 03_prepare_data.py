@@ -825,6 +825,8 @@ def main():
     with shared.write_h5(path, made) as file:
         file.attrs.update({"dataset": args.dataset, "synthetic": is_demo, "control": args.control, "n_tokens": n_tokens, "pad_id": pad_id,
                            "vocab": "own genes" if vocab is None else shared.fingerprint(vocab_path)})
+        if source is not None and Path(f"{source}.sha256").exists():  # of a download without a known checksum
+            file.attrs["source_sha256"] = Path(f"{source}.sha256").read_text().split()[0]
         group = file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array(X.shape)})
         group["data"], group["indices"], group["indptr"] = X.data, X.indices.astype(np.int32, copy=False), X.indptr

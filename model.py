@@ -18,7 +18,7 @@ For a cell with genes g_1..g_L, expression c_1..c_L and flags p_1..p_L (1 = pert
 scGPT: Cui et al., Nature Methods 2024. scGenePT: Istrate, Li, Karaletsos, bioRxiv 2024, Eq. 1-8.
 """
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -279,8 +279,10 @@ def load(path):
         raise ValueError(f"{path}: not a file of this kit (released fine-tuned models: load_released)")
     try:
         config = Config(**file["config"])
-        for name in (f.name for f in fields(Config) if type(getattr(config, f.name)) is not type(getattr(Config(), f.name))):
-            raise TypeError(f"{name} is {getattr(config, name)!r:.100}")
+        for name, default in asdict(Config()).items():
+            value = getattr(config, name)
+            if type(value) is not type(default) and not (type(value) is int and type(default) is float):
+                raise TypeError(f"{name} is {value!r:.100}")
         if config.n_layers > len(file["state"]):
             raise ValueError("more layers than tensors")
         with torch.device("meta"):  # takes no memory before all shapes are known to be those of the file

@@ -88,6 +88,9 @@ def test_texts_vectors_cells_and_pretrained_weights_are_fetched_once_and_used(ho
     prepared = hosted.said["03_prepare_data.py"]
     assert "25 of 30 genes are in the vocabulary" in prepared and "the file's own rankings" in prepared and "genes with text, of 31: ncbi 20" in prepared
     assert "targets with text, of" in prepared
+    with h5py.File(hosted.root / "data/dixit/dataset.h5") as file:  # a download without a known checksum: which one it was
+        archive = hosted.server.files["/dataverse.harvard.edu/api/access/datafile/6154416"]
+        assert file.attrs["source_sha256"] == hashlib.sha256(archive).hexdigest()
     train = "--variant", "scgpt", "scgenept_ncbi", "genept_ncbi", "--epochs", 1, "--batch-size", 32
     trained = hosted.run("04_train.py", *train).stdout
     assert "of encoder, transformer_encoder, value_encoder" in trained and "20 of 31 genes have a text, 1536-dimensional" in trained
