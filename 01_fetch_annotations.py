@@ -28,6 +28,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
@@ -257,6 +258,7 @@ def open_h5(path, made_by, keys=()):
     path = Path(path)
     if not path.exists():
         sys.exit(f"error: {path} does not exist; run first: python {made_by}")
+    check_texts(path, path)
     with damage_in(path, f"make it again: python {made_by} --force"), h5py.File(path, "r") as file:
         for key in keys:
             if find(file, key, path) is None:
@@ -296,6 +298,40 @@ def find(group, name, path):
                 sys.exit(f"error: {path}: {name[:100]!r} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, "
                          f"and the file stores {stored / 1e6:,.1f} MB of it: damaged, or made to fill the memory")
         return found
+
+
+def check_texts(path, source):
+    """End the run where HDF5 would read texts forever: at an entry without length in the heaps ("GCOL" in HDF5's file format)
+    that they lie in. Zeros in the place of a part of the file, as a broken copy has them, are enough for that."""
+    arrays, heaps = [(os.path.getsize(path), 0)], []  # first and last byte of what is all numbers, and not looked at; the end of the file
+
+    def note(_, item):
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.id.get_offset() is not None:  # in one piece
+            arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
+
+    with damage_in(source), h5py.File(path, "r") as file:
+        file.visititems(note)
+    with open(path, "rb") as file:
+        position = 0
+        for start, end in sorted(arrays):
+            file.seek(position)
+            text = b""
+            while position < start and (chunk := file.read(min(2**24, start - position))):
+                text = text[-7:] + chunk
+                position += len(chunk)
+                heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
+            position = max(position, end)
+        for heap in heaps:
+            file.seek(heap + 8)
+            size = int.from_bytes(file.read(8), "little") - 16
+            entries = file.read(max(0, min(size, os.path.getsize(path) - heap)))
+            at = 0
+            while at + 16 <= len(entries):
+                index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
+                step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
+                if not 0 < step <= len(entries) - at:
+                    sys.exit(f"error: {source}: damaged HDF5 file (texts at byte {heap:,}); get it again from its source")
+                at += step
 
 
 def read_embeddings(path, made_by):

@@ -17,10 +17,8 @@ import argparse
 import contextlib
 import importlib
 import lzma
-import os
 import re
 import shutil
-import struct
 import sys
 import tempfile
 import time
@@ -356,40 +354,6 @@ def unpack(path, target):
     return target
 
 
-def check_texts(path, source):
-    """End the run where HDF5 would read texts forever: at an entry without length in the heaps ("GCOL" in HDF5's file format)
-    that they lie in. Zeros in the place of a part of the file, as a broken copy has them, are enough for that."""
-    arrays, heaps = [(os.path.getsize(path), 0)], []  # first and last byte of what is all numbers, and not looked at; the end of the file
-
-    def note(_, item):
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.id.get_offset() is not None:  # in one piece
-            arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
-
-    with damage_in(source), h5py.File(path, "r") as file:
-        file.visititems(note)
-    with open(path, "rb") as file:
-        position = 0
-        for start, end in sorted(arrays):
-            file.seek(position)
-            text = b""
-            while position < start and (chunk := file.read(min(2**24, start - position))):
-                text = text[-7:] + chunk
-                position += len(chunk)
-                heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
-            position = max(position, end)
-        for heap in heaps:
-            file.seek(heap + 8)
-            size = int.from_bytes(file.read(8), "little") - 16
-            entries = file.read(max(0, min(size, os.path.getsize(path) - heap)))
-            at = 0
-            while at + 16 <= len(entries):
-                index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
-                step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
-                if not 0 < step <= len(entries) - at:
-                    sys.exit(f"error: {source}: damaged HDF5 file (texts at byte {heap:,}); get it again from its source")
-                at += step
-
-
 def read_array(group, name, path, kinds):
     """The list `name` of an HDF5 group as a numpy array: numbers of these kinds (numpy's letters), or, with kinds="text", an
     array of str; numbers then as they print. Ends the run for anything else."""
@@ -628,7 +592,7 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
 def read_h5ad(path, args, source):
     """What stage 03 takes of an AnnData file: X (cells, G) CSR float32 of the cells and genes kept, their gene symbols (G,), the
     conditions (P,), each cell's condition (cells,), {condition: targets}, and the file's own rankings (P, 20) or None."""
-    check_texts(path, source)
+    shared.check_texts(path, source)
     with damage_in(source):
         file = h5py.File(path, "r")
     with file:
