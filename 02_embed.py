@@ -78,10 +78,9 @@ def read_texts(path, source, mode, made_by, max_bytes=None):
         if source not in file:
             sys.exit(f"error: {path}: no texts of the source {source!r} in it (there are: {', '.join(stage01.in_order(file))}); "
                      f"run first: python {made_by}")
-        group = file[source]
-        if mode == "avg" and "terms" not in group:
+        if mode == "avg" and stage01.find(file, f"{source}/terms", path) is None:
             sys.exit(f"error: {path}: source {source!r} has no terms one by one; use --mode concat")
-        genes, texts, offsets = (stage01.find(group, name, path) for name in (
+        genes, texts, offsets = (stage01.find(file, f"{source}/{name}", path) for name in (
             ("genes", "terms", "term_offsets") if mode == "avg" else ("genes", "text", "genes")))
         genes, texts = genes.asstr()[:], texts.asstr()[:]
         offsets = offsets[:] if mode == "avg" else np.arange(len(genes) + 1)
@@ -655,8 +654,9 @@ def main():
     note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
     sources = args.source or ["go_all"]
     if space == "demo" and not args.source:
-        with stage01.open_h5(folder.parent / "annotations.h5", "01_fetch_annotations.py") as file:
-            sources = [s for s in file if args.mode == "concat" or "terms" in file[s]]
+        annotations = folder.parent / "annotations.h5"
+        with stage01.open_h5(annotations, "01_fetch_annotations.py") as file:
+            sources = [s for s in file if args.mode == "concat" or stage01.find(file, f"{s}/terms", annotations) is not None]
     embedder = re.sub(r"[^A-Za-z0-9.+-]+", "_", args.model) if args.embedder == "openai" else args.embedder
 
     made_any = False
