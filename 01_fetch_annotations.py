@@ -251,6 +251,41 @@ def save_figure(figure, path):
         figure.savefig(partial, dpi=150, format="png")
 
 
+def read_h5(path):
+    """An HDF5 file, open for reading. Raises OSError where HDF5 would read texts forever: at an entry without length in the heaps
+    ("GCOL" in HDF5's file format) that they lie in. Zeros in the place of a part of the file, as a broken copy has them, do that."""
+    arrays, heaps = [(os.path.getsize(path), 0)], []  # first and last byte of what is all numbers, and not looked at; the end of the file
+
+    def note(_, item):
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.id.get_offset() is not None:  # in one piece
+            arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
+
+    with h5py.File(path, "r") as file:
+        file.visititems(note)
+    with open(path, "rb") as file:
+        position = 0
+        for start, end in sorted(arrays):
+            file.seek(position)
+            text = b""
+            while position < start and (chunk := file.read(min(2**24, start - position))):
+                text = text[-7:] + chunk
+                position += len(chunk)
+                heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
+            position = max(position, end)
+        for heap in heaps:
+            file.seek(heap + 8)
+            size = int.from_bytes(file.read(8), "little") - 16
+            entries = file.read(max(0, min(size, os.path.getsize(path) - heap)))
+            at = 0
+            while at + 16 <= len(entries):
+                index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
+                step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
+                if not 0 < step <= len(entries) - at:
+                    raise OSError(f"texts at byte {heap:,} without end")
+                at += step
+    return h5py.File(path, "r")
+
+
 @contextlib.contextmanager
 def open_h5(path, made_by, keys=()):
     """Yield an HDF5 file that an earlier stage made. Ends the run when it is missing (naming the command that makes
@@ -258,8 +293,7 @@ def open_h5(path, made_by, keys=()):
     path = Path(path)
     if not path.exists():
         sys.exit(f"error: {path} does not exist; run first: python {made_by}")
-    check_texts(path, path)
-    with damage_in(path, f"make it again: python {made_by} --force"), h5py.File(path, "r") as file:
+    with damage_in(path, f"make it again: python {made_by} --force"), read_h5(path) as file:
         for key in keys:
             if find(file, key, path) is None:
                 sys.exit(f"error: {path}: no {key!r} in it; make it again: python {made_by} --force")
@@ -300,40 +334,6 @@ def find(group, name, path):
         return found
 
 
-def check_texts(path, source):
-    """End the run where HDF5 would read texts forever: at an entry without length in the heaps ("GCOL" in HDF5's file format)
-    that they lie in. Zeros in the place of a part of the file, as a broken copy has them, are enough for that."""
-    arrays, heaps = [(os.path.getsize(path), 0)], []  # first and last byte of what is all numbers, and not looked at; the end of the file
-
-    def note(_, item):
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.id.get_offset() is not None:  # in one piece
-            arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
-
-    with damage_in(source), h5py.File(path, "r") as file:
-        file.visititems(note)
-    with open(path, "rb") as file:
-        position = 0
-        for start, end in sorted(arrays):
-            file.seek(position)
-            text = b""
-            while position < start and (chunk := file.read(min(2**24, start - position))):
-                text = text[-7:] + chunk
-                position += len(chunk)
-                heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
-            position = max(position, end)
-        for heap in heaps:
-            file.seek(heap + 8)
-            size = int.from_bytes(file.read(8), "little") - 16
-            entries = file.read(max(0, min(size, os.path.getsize(path) - heap)))
-            at = 0
-            while at + 16 <= len(entries):
-                index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
-                step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
-                if not 0 < step <= len(entries) - at:
-                    sys.exit(f"error: {source}: damaged HDF5 file (texts at byte {heap:,}); get it again from its source")
-                at += step
-
-
 def read_embeddings(path, made_by):
     """The genes (N) and vectors (N, d) of an embedding file."""
     with open_h5(path, made_by, ("genes", "vectors")) as file:
@@ -349,7 +349,7 @@ def is_current(path, made, force, key="/"):
     if force or not path.exists():
         return False
     try:
-        with h5py.File(path, "r") as file:
+        with read_h5(path) as file:
             old = file[key].attrs.get("made_from") if key in file else None
         words = difference(old, made) if old not in (None, made) else ""
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
@@ -927,7 +927,7 @@ def recorded(path, source, decides, inputs):
     """`made_from` of a source as of now; for files that were downloaded once and deleted since, with their fingerprints as
     of then: a finished output needs no network to know that it is current."""
     made = json.loads(made_from(decides, [file for file, url in inputs.items() if not url or file.exists()]))
-    with contextlib.suppress(OSError, LookupError, ValueError, TypeError, AttributeError), h5py.File(path, "r") as file:
+    with contextlib.suppress(OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError), read_h5(path) as file:
         old = json.loads(file[source].attrs["made_from"])["inputs"]
         made["inputs"] |= {file.name: old[file.name] for file in inputs if not file.exists() and file.name in old}
     return json.dumps(made, sort_keys=True)
@@ -955,8 +955,8 @@ def write(path, space, todo, texts):
     """Write annotations.h5 anew: the sources in `texts`, and those that it has already and `texts` has not."""
     with only_one(path), write_h5(path, made_from({"space": space}, [])) as new, contextlib.ExitStack() as stack:
         old = {}
-        with contextlib.suppress(OSError):  # none yet, or not a whole one
-            old = stack.enter_context(h5py.File(path, "r"))
+        with contextlib.suppress(OSError, RuntimeError):  # none yet, or not a whole one
+            old = stack.enter_context(read_h5(path))
         for source in old:
             if source not in texts:
                 old.copy(source, new)

@@ -592,9 +592,8 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
 def read_h5ad(path, args, source):
     """What stage 03 takes of an AnnData file: X (cells, G) CSR float32 of the cells and genes kept, their gene symbols (G,), the
     conditions (P,), each cell's condition (cells,), {condition: targets}, and the file's own rankings (P, 20) or None."""
-    shared.check_texts(path, source)
     with damage_in(source):
-        file = h5py.File(path, "r")
+        file = shared.read_h5(path)
     with file:
         obs, var, X = (find(file, key, source) for key in ("obs", "var", "X"))
         for key, found in (("X", X), ("obs", obs), ("var", var)):

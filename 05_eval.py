@@ -390,8 +390,7 @@ def read_external(item, data, conditions):
     if not path or not Path(path).exists():
         sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad, a file that exists")
     shared.check_name(name, "--external")
-    shared.check_texts(path, path)
-    with prepare.damage_in(path), h5py.File(path, "r") as file:
+    with prepare.damage_in(path), shared.read_h5(path) as file:
         obs, var = (prepare.find(file, key, path) for key in ("obs", "var"))
         if obs is None or var is None or prepare.find(file, "X", path) is None:
             sys.exit(f"error: {path}: no X, obs or var in it: not an AnnData file")

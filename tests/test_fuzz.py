@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import re
 import resource
 import shutil
 from types import SimpleNamespace
@@ -266,11 +267,19 @@ def test_a_runs_settings_are_read_or_refused(scripts, good, tmp_path, n_examples
 # --- HDF5
 
 def h5_damaged(path, rng):
-    """Change an HDF5 file in one or two ways that a stranger or a broken disk could; metadata itself stays well-formed, or is cut off."""
+    """Change an HDF5 file in one or two ways that a stranger or a broken disk could; metadata itself stays well-formed, or is cut off, or has
+    a hole where texts lie, at which HDF5 by itself would stay forever."""
+    content = bytearray(path.read_bytes())
+    heaps = [match.start() for match in re.finditer(b"GCOL", content)]
+    if heaps and rng.random() < 0.1:
+        at, n = rng.choice(heaps) + 16 + rng.randrange(3000), rng.choice([16, 64, 512])
+        content[at:at + n] = bytes(n)
+        path.write_bytes(content)
+        return
     if rng.random() < 0.1:
         path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size)])
         return
-    with h5py.File(path, "a") as file:
+    with h5py.File(path, "a") as file, contextlib.suppress(KeyError):  # a second change may find nothing left where the first one was
         for _ in range(rng.randint(1, 2)):
             names = []
             file.visit(names.append)

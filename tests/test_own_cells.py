@@ -461,7 +461,7 @@ def test_zeros_among_the_texts_of_a_file_do_not_hang_the_run(tmp_path):
     heap = content.index(b"GCOL")
     for start in range(heap + 16, heap + 1000, 200):
         path.write_bytes(content[:start] + bytes(100) + content[start + 100:])
-        assert "damaged HDF5 file" in error(tmp_path, path)
+        assert "without end" in error(tmp_path, path)
 
 
 @pytest.mark.parametrize("chunks", [None, (10,)])
