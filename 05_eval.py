@@ -62,7 +62,7 @@ BASELINES = {  # they need no training
 CEILING = "data-ceiling"
 DEPEND_ON_SEED = ("random", CEILING)
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
-CELLS_X_GENES = 80_000   # predicted at a time, which bounds the memory
+CELLS_X_GENES = 80_000   # predicted between two steps of the progress bar
 MOST_FIGURES = 12        # of --predict; for a longer list none is drawn
 N_FIGURE_CONTROLS = 300  # as in the paper's Figures 8 and 9
 
@@ -243,13 +243,13 @@ def predict_means(path, data, conditions, controls, device, batch_size, title, c
     """Mean predicted profile of each condition by the model in `path`: (conditions, G) float64. Appends what it predicts for the
     cells, blocks of (cells, measured genes), to the list `cells_to`."""
     from tqdm import tqdm
-    net = load_model(path, data).to(device)
+    net, step = load_model(path, data).to(device), max(1, CELLS_X_GENES // len(data.genes))
     means = np.zeros((len(conditions), len(data.genes)))
     with tqdm(total=sum(map(len, controls)), desc=f"  {title}", unit=" cells", leave=False, disable=None) as progress:
         for row, (condition, cells) in enumerate(zip(conditions, controls)):
             targets = data.targets[condition]
-            for start in range(0, len(cells), 512):  # blocks, so that memory does not grow with the number of cells
-                block = data.X[cells[start:start + 512]].toarray()
+            for start in range(0, len(cells), step):  # blocks, so that memory does not grow with the number of cells
+                block = data.X[cells[start:start + step]].toarray()
                 predicted = predict_cells(net, path, data, block, targets[targets >= 0], device, batch_size)
                 means[row] += predicted.sum(0, dtype=np.float64)
                 if cells_to is not None:
@@ -738,7 +738,7 @@ def options():
     add("--controls", type=int, metavar="N", help="control cells a condition (default: as many as the condition has cells; "
         f"--predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=shared.seed, default=42, metavar="N", help="of the draw of control cells (default: 42)")
-    add("--batch-size", type=int, metavar="N", help=f"cells at a time (default: so that cells x genes is {CELLS_X_GENES:,})")
+    add("--batch-size", type=int, metavar="N", help="cells at a time (default: what suits the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     return parser.parse_args()
 
@@ -759,7 +759,6 @@ def main():
     if not runs:
         sys.exit(f"error: no finished run in {args.root / 'runs' / args.dataset}; run first: python 04_train.py{of_dataset}")
     device = training.choose_device(args.device)
-    args.batch_size = args.batch_size or max(1, CELLS_X_GENES // len(data.genes))
     if args.predict:
         return predict_perturbations(args, data, runs, device, results)
 

@@ -130,18 +130,25 @@ def test_the_vectors_of_pad_get_no_gradient():
 
 # --- predict
 
-def test_predict_equals_forward_cell_by_cell_whatever_the_batch():
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("options", [{}, {"languages": {"s": 5}, "n_language_rows": 30, "two_encoders": True}])
+def test_predict_equals_forward_cell_by_cell_also_where_genes_are_alike(options, batch_size):
     torch.manual_seed(2)
-    net = model.ScGenePT(small()).train()
-    control = np.random.default_rng(0).random((7, 12)).astype(np.float32)
-    together = model.predict(net, np.arange(12), control, [2, 5], batch_size=3)
-    assert net.training and together.dtype == np.float32
+    rng, net = np.random.default_rng(0), model.ScGenePT(small(**options)).train()
+    if options:
+        net.set_language(np.arange(30), {"s": torch.randn(30, 5)})
+    gene_ids = np.append(np.arange(12), np.full(20, 27))  # twenty are not in the vocabulary, and most are not expressed
+    control = (rng.random((7, 32)) * (rng.random((7, 32)) < 0.1)).astype(np.float32)
+    n_computed = []
+    net.decoder.register_forward_hook(lambda module, inputs, output: n_computed.append(output.shape[1]))
+    together = model.predict(net, gene_ids, control, [2, 30], batch_size)
+    assert net.training and together.dtype == np.float32 and max(n_computed) < 32
     net.eval()
-    flags = torch.zeros(1, 12)
-    flags[0, [2, 5]] = 1
+    flags = torch.zeros(1, 32)
+    flags[0, [2, 30]] = 1
     for cell, row in zip(control, together):
         with torch.no_grad():
-            alone = net(torch.arange(12), torch.from_numpy(cell)[None], flags)[0]
+            alone = net(torch.from_numpy(gene_ids), torch.from_numpy(cell)[None], flags)[0]
         np.testing.assert_allclose(row, alone.numpy(), atol=1e-5)
 
 
