@@ -75,7 +75,11 @@ def run(main):
         main()
     except OSError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except MemoryError:
+        sys.exit("error: not enough memory")
     except (KeyboardInterrupt, RuntimeError, ImportError) as error:
+        if "allocate" in str(error) and "memory" in str(error):  # torch's on a CPU and on a GPU
+            sys.exit(f"error: not enough memory ({str(error).splitlines()[0][:200]}); lower --batch-size or --genes-per-batch")
         while error and not isinstance(error, KeyboardInterrupt):  # an interrupted import may end in another error
             error = error.__cause__ or error.__context__
         if not error:

@@ -147,14 +147,17 @@ def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pai
             (train if len(targets) == 1 else seen_pairs).append(label)
         else:
             subgroup[label] = "unseen_single" if len(targets) == 1 else f"combo_seen{n_seen}"
-    seen_pairs.sort()
+    labels_of = {}  # A+B and B+A stay together; the first of them is drawn
+    for label in sorted(seen_pairs):
+        labels_of.setdefault(frozenset(targets_of[label]), []).append(label)
+    drawn = [labels[0] for labels in labels_of.values()]
     rng = np.random.RandomState(seed)
-    kept = set(rng.choice(seen_pairs, int(len(seen_pairs) * train_share_of_seen_pairs), replace=False)) if seen_pairs else set()
-    for label in seen_pairs:
-        if label in kept:
-            train.append(label)
+    kept = set(rng.choice(drawn, int(len(drawn) * train_share_of_seen_pairs), replace=False)) if drawn else set()
+    for targets, labels in labels_of.items():
+        if labels[0] in kept:
+            train += labels
         else:
-            subgroup[label] = f"combo_seen{len(targets_of[label])}"
+            subgroup |= dict.fromkeys(labels, f"combo_seen{len(targets)}")
     return train, subgroup
 
 
@@ -442,7 +445,7 @@ def read_plain(table, name, path):
             sys.exit(f"error: {path}: {table.name}/{name} is damaged: {len(values)} values, {len(mask)} in its mask")
     else:
         values = read_array(table, name, path, "text")
-        mask = np.zeros(len(values), dtype=bool)
+        mask = (values == "nan") & (find(table, name, path).dtype.kind == "f")
     codes = np.full(len(values), -1)
     values, codes[~mask] = np.unique(values[~mask], return_inverse=True)
     return values, codes
@@ -507,6 +510,7 @@ def read_blocks(file, path, shape):
             pieces = values, minor.astype(np.int32, copy=False), (ends[start:stop + 1] - ends[start]).astype(np.int32)
             block = (sparse.csr_matrix(pieces, shape=(stop - start, n_columns)) if by_cells else
                      sparse.csc_matrix(pieces, shape=(n_columns, stop - start)))
+            block.sum_duplicates()
         yield (slice(start, stop), slice(None), block) if by_cells else (slice(None), slice(start, stop), block)
 
 
@@ -579,7 +583,7 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
     for i, label in enumerate(conditions):
         if label == control:
             continue
-        if find(file, f"{where}/{name_of[label]}", path) is None:
+        if not isinstance(find(file, f"{where}/{name_of[label]}", path), h5py.Dataset):
             return None
         ranking = read_array(file, f"{where}/{name_of[label]}", path, "text")
         ranked = [row_of[gene_id] for gene_id in ranking if gene_id in row_of][:N_TOP]
@@ -655,6 +659,8 @@ def warn_of_targets(unmeasured, all_targets, measured, args):
     """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
     parts_of = {target: re.split(r"[^A-Za-z0-9.]", target) for target in unmeasured}
     odd = [target for target, parts in parts_of.items() if len(parts) > 1 and parts[0] in measured]
+    if missing := [target for target in unmeasured if target.lower() in ("nan", "none", "na")]:
+        print(f"warning: {shown(missing)} counts as a target; if those cells have no condition, take them out first", file=sys.stderr)
     if odd:
         print(f"warning: {len(odd):,} targets are no genes of the data, but begin with one ({shown(odd, 3)}): are those pairs "
               f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)

@@ -153,7 +153,7 @@ def parse_variant(name, known_sources):
         variant.has_counts = False
     elif base == "scgpt-tokens":
         variant.has_tokens = False
-    elif family == "genept" and rest:
+    elif family == "genept" and rest not in ("", "-scratch"):
         variant.has_tokens = variant.has_counts = False
         variant.pretrained = not rest.endswith("-scratch")
         rest = rest.removesuffix("-scratch")
@@ -253,7 +253,7 @@ def choose_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
     return device
@@ -279,7 +279,7 @@ def process_group(device):
     """(rank, number of processes) under torchrun, whose processes it connects; (0, 1) otherwise."""
     import torch
     import torch.distributed as dist
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what NCCL uses; without it every process of a machine would talk through its first GPU
@@ -371,7 +371,7 @@ def train(run, net, data, options, seed, device, rank, n_processes):
 
     if (run / "state.pt").exists():
         try:
-            state = torch.load(run / "state.pt", map_location=device, weights_only=True)
+            state = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
             for part, name in ((net, "model"), (optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
                 if state[name] or name != "scaler":  # empty where it was saved without one, in another precision
                     part.load_state_dict(state[name])
@@ -379,6 +379,8 @@ def train(run, net, data, options, seed, device, rank, n_processes):
             best_epoch, best_val, done, total = (state[name] for name in ("best_epoch", "best_val", "done", "total"))
             if not 0 <= best_epoch <= len(log) or not best_val > 0 or not 0 <= done <= n_steps or total.shape != ():
                 raise ValueError("not a state of this run")
+            total = total.to(device)
+            del state  # a second copy of the weights
         except Exception as error:  # torch raises many kinds
             sys.exit(f"error: {run / 'state.pt'}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)}); --force trains anew")
         if rank == 0:
@@ -390,6 +392,8 @@ def train(run, net, data, options, seed, device, rank, n_processes):
     def errors(predict, cells, genes):
         """Squared error summed over a batch's cells and measured genes, and the number of those entries."""
         cells = cells[rank::n_processes]
+        if not len(cells):  # the last validation batch may not have one for every process
+            return torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
         flags, genes_here = on_device(perturbed_flags(data, cells, genes), device), on_device(genes, device)
         with autocast():
             predicted = predict(gene_ids[genes_here], expression(input_cell[cells], genes), flags)
@@ -423,7 +427,7 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         return values.tolist()
 
     while len(log) < options["epochs"] and len(log) - best_epoch < PATIENCE:
-        epoch = len(log) + 1
+        epoch, done_before = len(log) + 1, done
         started = time.perf_counter()
         rng = np.random.default_rng([seed, 1, epoch])
         parallel.train()
@@ -455,7 +459,7 @@ def train(run, net, data, options, seed, device, rank, n_processes):
         if not math.isfinite(val_mse):
             sys.exit(f"error: {run}: the validation error is {val_mse} after epoch {epoch}; lower --lr {options['lr']:g}")
         seconds = time.perf_counter() - started
-        n_cells = n_steps * batch_size + len(val_cells)
+        n_cells = (n_steps - done_before) * batch_size + len(val_cells)
         log.append(dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, schedule.get_last_lr()[0], seconds, n_cells / seconds))))
         schedule.step()
         done, total = 0, torch.zeros((), device=device)
@@ -530,6 +534,8 @@ def main():
     # Sizes: scGPT's own, or of a network from scratch
     sizes = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in SCRATCH_SIZES.items()}
     pretrained, inputs = None, [dataset_path]
+    if args.pretrained and (args.no_pretrained or is_demo):
+        sys.exit("error: --pretrained: " + ("it contradicts --no-pretrained" if args.no_pretrained else "the demo's genes are invented, it trains from scratch"))
     if not (args.no_pretrained or is_demo):
         if data.vocab == "own genes":
             sys.exit(f"error: {dataset_path} has its own vocabulary, which fits no pretrained model: add --no-pretrained")
@@ -564,6 +570,8 @@ def main():
     rank, n_processes = process_group(device)
     if settings["batch_size"] % n_processes:
         sys.exit(f"error: --batch-size {settings['batch_size']} is not a multiple of the {n_processes} processes")
+    if args.align == "batchnorm" and n_processes > 1:
+        sys.exit("error: --align batchnorm on one process only: each would normalize by its own part of a batch")
     if rank:
         sys.stdout = open(os.devnull, "w")
     settings["attention_dropout"] = args.attention_dropout if args.attention_dropout is not None else \
@@ -596,6 +604,7 @@ def main():
             print(f"  {n_parameters:,} parameters; {(np.isin(data.split[data.cell_condition], ['train', 'ctrl'])).sum():,} training cells, "
                   f"{min(settings['genes_per_batch'], len(data.genes)):,} genes a batch")
             if args.compile:
+                torch.compiler.reset()  # else the fourth kind of network in one command would not be compiled
                 net.compile()
             try:
                 best_epoch, best_val = train(run, net, data, of_variant, seed, device, rank, n_processes)
@@ -623,8 +632,11 @@ def is_to_be_trained(run, config, force, rank, n_processes):
             sys.exit(f"error: {path}: not a run's config.json; --force trains anew")
         if words:
             sys.exit(f"error: {run} was trained otherwise ({words}); --force trains anew, or give another --root")
-    if n_processes > 1:
-        dist.barrier()  # all have looked before one writes
+    if n_processes > 1:  # all look before one writes
+        seen = [None] * n_processes
+        dist.all_gather_object(seen, [file.exists() and shared.fingerprint(file) for file in (path, run / "state.pt")])
+        if any(of_process != seen[0] for of_process in seen):
+            sys.exit(f"error: {run}: not all processes see the same files there; --root has to be one folder that all machines share")
     if old and old.get("finished"):
         print("  finished already (--force trains anew)")
         return False

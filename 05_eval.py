@@ -30,6 +30,7 @@ import re
 import sys
 import time
 import urllib.parse
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,7 +195,8 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
         if not config.get("finished"):
             print(f"left out: {path.parent} is not finished; {made_by} --variant {name} --seed {seed} goes on with it")
         elif inputs.get("dataset.h5") != fingerprint:
-            print(f"left out: {path.parent} was trained on another {dataset_path}; train again with --force")
+            words = shared.change(str(inputs.get("dataset.h5")), fingerprint)
+            print(f"left out: {path.parent}: {dataset_path} {words} since it was trained; {made_by} --variant {name} --seed {seed} --force trains again")
         else:
             runs.append(run)
     for name in wanted or ():
@@ -243,7 +245,7 @@ def predict_means(path, data, conditions, controls, device, batch_size, title, c
     """Mean predicted profile of each condition by the model in `path`: (conditions, G) float64. Appends what it predicts for the
     cells, blocks of (cells, measured genes), to the list `cells_to`."""
     from tqdm import tqdm
-    net, step = load_model(path, data).to(device), max(1, CELLS_X_GENES // len(data.genes))
+    net, step = load_model(path, data).to(device), max(batch_size or 1, CELLS_X_GENES // len(data.genes))
     means = np.zeros((len(conditions), len(data.genes)))
     with tqdm(total=sum(map(len, controls)), desc=f"  {title}", unit=" cells", leave=False, disable=None) as progress:
         for row, (condition, cells) in enumerate(zip(conditions, controls)):
@@ -257,6 +259,15 @@ def predict_means(path, data, conditions, controls, device, batch_size, title, c
                 progress.update(len(block))
             means[row] /= len(cells)
     return means
+
+
+def numbered(genes):
+    """(gene, how often it stood before) of each gene: a symbol may stand several times."""
+    times, pairs = Counter(), []
+    for gene in genes:
+        pairs.append((gene, times[gene]))
+        times[gene] += 1
+    return pairs
 
 
 def write_h5ad(path, made, X, obs, genes, description, data, control=None):
@@ -279,10 +290,7 @@ def write_h5ad(path, made, X, obs, genes, description, data, control=None):
     index = obs["condition"]
     if len(set(index)) < len(index):
         index = [f"{condition} {row}" for row, condition in enumerate(index)]
-    unique, times = [], {}
-    for gene in genes:  # a symbol that stands again gets -1, -2, ..., as from scanpy's var_names_make_unique
-        times[gene] = times.get(gene, -1) + 1
-        unique.append(f"{gene}-{times[gene]}" if times[gene] else gene)
+    unique = [f"{gene}-{n}" if n else gene for gene, n in numbered(genes)]  # as from scanpy's var_names_make_unique
     about = shared.provenance(made)
     with shared.write_h5(path, made) as file:
         encode(file, "anndata", "0.1.0")
@@ -303,8 +311,8 @@ def write_h5ad(path, made, X, obs, genes, description, data, control=None):
             file["uns"].create_dataset(name, data=text, dtype=h5py.string_dtype())
             encode(file["uns"][name], "string")
         if control is not None:
-            for name, values in (("control", np.tile(control, (len(X), 1))), ("delta", X - control)):
-                file["layers"][name] = values.astype(np.float32)
+            for name, values in (("control", control), ("delta", X - control)):
+                file["layers"].create_dataset(name, X.shape, np.float32)[...] = values
                 encode(file["layers"][name], "array")
 
 
@@ -397,10 +405,12 @@ def read_external(item, data, conditions):
         labels, label_of_cell = prepare.read_column(obs, "condition", path)
         gene_key = "gene_name" if prepare.find(var, "gene_name", path) is not None else str(prepare.attribute(var, path, "_index"))
         values, codes = prepare.read_column(var, gene_key, path)
-        column = {gene: i for i, gene in reversed(list(enumerate(values[codes])))}
-        missing = [gene for gene in data.genes[data.measured] if gene not in column]
+        column = {gene: i for i, gene in enumerate(numbered(values[codes]))}
+        genes = numbered(data.genes[data.measured])
+        places = [column.get((gene, n), column.get((f"{gene}-{n}", 0))) for gene, n in genes]  # X-1: the second X, by anndata's names
+        missing = [gene for (gene, _), place in zip(genes, places) if place is None]
         if missing:
-            sys.exit(f"error: {path}: {len(missing):,} of {data.measured.sum():,} genes are missing, the first {missing[0]!r}")
+            sys.exit(f"error: {path}: {len(missing):,} of {len(genes):,} genes are missing, the first {missing[0]!r}")
         row_of = {label: row for row, label in enumerate(labels)}
         n_cells = np.bincount(label_of_cell[label_of_cell >= 0], minlength=len(labels))
         there = np.array([label in row_of and n_cells[row_of[label]] > 0 for label in data.conditions[conditions]])
@@ -415,7 +425,7 @@ def read_external(item, data, conditions):
     if not np.isfinite(sums[rows]).all():
         sys.exit(f"error: {path}: X holds NaN or infinite values")
     means = np.full((len(conditions), data.measured.sum()), np.nan)
-    means[there] = (sums[rows] / n_cells[rows][:, None])[:, [column[gene] for gene in data.genes[data.measured]]]
+    means[there] = (sums[rows] / n_cells[rows][:, None])[:, places]
     return name, means
 
 
@@ -614,6 +624,10 @@ def predict_perturbations(args, data, runs, device, results):
     is_measured = data.measured
     delta, of_cells, top = {}, {}, {}  # (label, model, seed): (G,), (cells, top); label: (top,)
     blocks, cell_rows = [], []  # of --cells: (cells, measured genes); (label, model, seed) of every row
+
+    def most_changed(change):
+        return np.argsort(-np.where(is_measured, np.abs(change), -1), kind="stable")[:min(20, is_measured.sum())]
+
     wanted = singles | targets_of
     print(f"perturbations: {len(genes_of):,}; models: {len(runs)}; control cells for each: {len(cells)}; {training.device_words(device)}")
     with tqdm(total=len(runs) * len(wanted), unit=" perturbations", leave=False, disable=None) as progress:
@@ -626,12 +640,12 @@ def predict_perturbations(args, data, runs, device, results):
                 cell_rows += [(data.control, run.name, run.seed)] * len(cells)
             for label, targets in wanted.items():
                 each = predict_cells(net, run.path, data, control, targets, device, args.batch_size)
-                change = each.mean(0, dtype=np.float64) - baseline
+                change = (each.mean(0, dtype=np.float64) - baseline).astype(np.float32)
                 delta[label, run.name, run.seed] = change
                 if label not in top:
                     same = measured_as(data, targets)
                     top[label] = (data.de_idx[same[0]][data.de_idx[same[0]] >= 0] if same else
-                                  np.argsort(-np.where(data.measured, np.abs(change), -1), kind="stable")[:20])
+                                  most_changed(change))
                 if len(genes_of) <= MOST_FIGURES:
                     of_cells[label, run.name, run.seed] = each[:, top[label]] - baseline[top[label]]
                 if args.cells and label in genes_of:
@@ -655,7 +669,7 @@ def predict_perturbations(args, data, runs, device, results):
             parts = genes_of[label]
             apart = over_seeds(label, name, lambda change, seed: rms(change - sum(delta[part, name, seed] for part in parts)))[0] if len(parts) > 1 else ""
             mean = np.mean([delta[label, name, seed] for seed in seeds[name]], axis=0)
-            order = np.argsort(-np.where(data.measured, np.abs(mean), -1), kind="stable")[:20]
+            order = most_changed(mean)
             ranked.append((label, name, len(seeds[name]), size, "" if math.isnan(half) else half, apart,
                            " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in order[:10])))
             for g in order:
@@ -670,11 +684,12 @@ def predict_perturbations(args, data, runs, device, results):
     def columns(keys):
         return {column: [key[i] for key in keys] for i, column in enumerate(("condition", "model", "seed"))}
 
+    measured_baseline = baseline[is_measured].astype(np.float32)
     kept = [(label, name, seed) for label in genes_of for name in seeds for seed in seeds[name]]
     made = shared.made_from({"controls": len(cells), "seed": args.seed,
                              "models": {f"{run.name}, seed {run.seed}": shared.fingerprint(run.path) for run in runs}}, [])
-    write_h5ad(results / "predicted.h5ad", made, (baseline + np.stack([delta[key] for key in kept]))[:, is_measured], columns(kept),
-               data.genes[is_measured], "mean predicted log-normalized expression", data, baseline[is_measured])
+    write_h5ad(results / "predicted.h5ad", made, np.stack([delta[key][is_measured] for key in kept]) + measured_baseline, columns(kept),
+               data.genes[is_measured], "mean predicted log-normalized expression", data, measured_baseline)
     if args.cells:
         write_cells(results / "predicted.cells.h5ad", made, blocks, columns(cell_rows), data)
     if len(genes_of) <= MOST_FIGURES:
@@ -759,6 +774,12 @@ def main():
     if not runs:
         sys.exit(f"error: no finished run in {args.root / 'runs' / args.dataset}; run first: python 04_train.py{of_dataset}")
     device = training.choose_device(args.device)
+    embeddings = training.embeddings_of(args.root / "data" / shared.space_of(args.dataset) / "embeddings")
+    others = [*BASELINES, *(f"ridge_{source}" for source in embeddings), CEILING, *(item.partition("=")[0] for item in args.external)]
+    called = [f"{run.name}, seed {run.seed}" for run in runs] + others
+    clash = [name for name in called if called.count(name) > 1] + [run.name for run in runs if run.name in others]
+    if clash:
+        sys.exit(f"error: two models are called {clash[0]}; name one otherwise: --run NAME=FILE.pt, --external NAME=FILE.h5ad")
     if args.predict:
         return predict_perturbations(args, data, runs, device, results)
 
@@ -771,11 +792,6 @@ def main():
     ctrl, true = data.mean[data.split == "ctrl"][0][genes], data.mean[tested][:, genes]
     perturbed_mean = data.mean[data.split == "train"].mean(0, dtype=np.float64)[genes]
     external = [read_external(item, data, tested) for item in args.external]
-    others = [*BASELINES, CEILING, *(name for name, _ in external)]
-    called = [f"{run.name}, seed {run.seed}" for run in runs] + others
-    clash = [name for name in called if called.count(name) > 1] + [run.name for run in runs if run.name in others]
-    if clash:
-        sys.exit(f"error: two models are called {clash[0]}; name one otherwise: --run NAME=FILE.pt, --external NAME=FILE.h5ad")
     print(f"{len(tested)} test conditions, {len(genes):,} genes, {sum(map(len, controls)):,} control cells to predict from; {training.device_words(device)}")
 
     if args.cells:
@@ -812,7 +828,6 @@ def main():
     for seed in seeds:
         profiles += [(name, seed if name in DEPEND_ON_SEED else "", means[:, genes], true)
                      for name, means in baseline_means(data, tested, seed).items() if seed == seeds[0] or name in DEPEND_ON_SEED]
-    embeddings = training.embeddings_of(args.root / "data" / shared.space_of(args.dataset) / "embeddings")
     ridge_files = {source: found.get(("published", "concat")) or next(iter(found.values())) for source, found in embeddings.items()}
     for source, path in ridge_files.items():
         means = ridge_means(data, tested, path)
@@ -829,7 +844,7 @@ def main():
         scores = metrics.evaluate(predicted[there], truth[there], ctrl, de_idx[there]) \
             | metrics.evaluate_specific(predicted[there], truth[there], perturbed_mean)
         rows += [(name, seed, data.conditions[c], data.subgroup[c], metric, float(scores[metric][i]))
-                 for i, c in enumerate(tested[there]) for metric in METRICS]
+                 for i, c in enumerate(tested[there]) for metric in METRICS if not math.isnan(scores[metric][i])]
     summary = summarize(rows)
     models = list(dict.fromkeys(name for name, *_ in profiles if any(row[0] == name for row in rows)))
     trained = list(dict.fromkeys([run.name for run in runs] + [name for name, _ in external]))
@@ -874,7 +889,7 @@ def report(args, data, summary, models, trained, subgroups, runs, ridge_files, w
               "`-shuffled` is a model whose texts were permuted among the genes: what it reaches does not come from what they say.", "",
               "Baselines, which need no training:", "", *(f"- `{name}`: {what}" for name, what in BASELINES.items()),
               f"- `{CEILING}`: no prediction; one half of a condition's cells scored as if it predicted the other. Both halves are noisy: with "
-              "few cells a good model can be above it", "",
+              "few cells a good model can be above it, and a condition of a single cell is left out", "",
               f"Vectors of the ridge regressions: {', '.join(path.name for path in ridge_files.values()) or 'none'}.", "",
               "![The split](split.png)", "", "## All test conditions", ""]
     paper = paper_rows(PAPER.get(args.dataset, ""))
@@ -906,9 +921,9 @@ def verdict(summary, trained, baselines):
         return summary[model, "all", "pearson_delta_top20"]
 
     def against(model, rival):
-        (a, half_a, n), (b, half_b, _) = value(model), value(rival)
+        (a, half_a, n), (b, half_b, n_rival) = value(model), value(rival)
         half_widths = sum(half for half in (half_a, half_b) if not math.isnan(half))
-        certainty = "one seed, no interval" if n < 2 else "beyond the intervals" if abs(a - b) > half_widths else "within the intervals"
+        certainty = "one seed, no interval" if n < 2 or rival in trained and n_rival < 2 else "beyond the intervals" if abs(a - b) > half_widths else "within the intervals"
         return f"{'above' if a > b else 'not above'} {rival} ({number(b, half_b)}; {certainty})"
 
     def shuffled(model):  # scgenept_go_c,align=linear -> scgenept_go_c-shuffled,align=linear

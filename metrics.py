@@ -48,15 +48,16 @@ def evaluate_specific(pred, true, perturbed_mean):
     pred, true (P, G): mean expression of each condition; perturbed_mean (G,): mean profile of the training perturbations.
     Returns arrays of (P,): pearson_systema, the correlation of the differences to that mean over all genes (0 where
     undefined), and centroid_accuracy, the share of the other conditions whose true profile lies farther (Euclidean) from
-    the prediction than the condition's own does: on average a half for predictions that tell nothing apart.
+    the prediction than the condition's own does: on average a half for predictions that tell nothing apart, NaN for a single
+    condition.
     """
     pred, true = np.asarray(pred, dtype=np.float64), np.asarray(true, dtype=np.float64)
     # |p - t|^2 less |p|^2, which is the same for all t: (P, P), row: prediction, column: true profile
     distance = (true ** 2).sum(1) - 2 * pred @ true.T
     own = np.diag(distance)[:, None]
-    farther = (distance > own).sum(1) / max(len(pred) - 1, 1)
+    farther = (distance > own).sum(1) / (len(pred) - 1) if len(pred) > 1 else np.full(len(pred), np.nan)
     return {"pearson_systema": pearson(pred - perturbed_mean, true - perturbed_mean, np.ones(pred.shape, dtype=bool)),
-            "centroid_accuracy": farther if len(pred) > 1 else np.ones(len(pred))}
+            "centroid_accuracy": farther}
 
 
 def pearson(a, b, is_used):

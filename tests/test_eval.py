@@ -153,6 +153,8 @@ def test_the_verdict_says_in_words_what_the_numbers_say(evaluation):
     two = {(name, "all", "pearson_delta_top20"): (value, np.nan, 1) for name, value in (("non-ctrl-mean", 0.1), ("a,mode=avg", 0.5), ("a-shuffled,mode=avg", 0.6))}
     words_3 = evaluation.verdict(two, ["a,mode=avg", "a-shuffled,mode=avg"], ["non-ctrl-mean"])
     assert "a-shuffled,mode=avg is the best trained model" in words_3 and "above a,mode=avg (0.500; one seed, no interval)" in words_3
+    words_4 = evaluation.verdict(summary(scgpt=(0.5, np.nan, 1), lang=(0.7, 0.05, 3), non_ctrl_mean=(0.6, np.nan, 1)), ["scgpt", "lang"], ["non-ctrl-mean"])
+    assert "above scgpt (0.500; one seed, no interval)" in words_4 and "above non-ctrl-mean (0.600; beyond the intervals)" in words_4
     assert "not above ridge (0.900; beyond the intervals)" in words and "above lang-shuffled (0.690 ± 0.100; within the intervals)" in words
 
 
@@ -217,7 +219,8 @@ def test_a_model_of_another_vocabulary_is_refused(results, tmp_path):
     assert "other.pt: has a vocabulary of 50 genes, the dataset one of 129" in error
 
 
-@pytest.mark.parametrize("options", [["--run", "random={0}"], ["--run", "x={0}", "x={0}"], ["--external", "scgpt={1}"]])
+@pytest.mark.parametrize("options", [["--run", "random={0}"], ["--run", "ridge_go_c={0}"], ["--run", "x={0}", "x={0}"],
+                                     ["--run", "x={0}", "x={0}", "--predict", "DEMO001"], ["--external", "scgpt={1}"]])
 def test_two_models_of_one_name_are_an_error(results, tmp_path, options):
     data = results.data
     with h5py.File(tmp_path / "other.h5ad", "w") as file:
@@ -251,6 +254,17 @@ def test_another_methods_predictions_get_the_same_rows_as_far_as_it_has_the_cond
     assert {row["condition"] for row in found} == set(data.conditions[tested])
     for row in found:
         assert float(row["value"]) == pytest.approx(0 if row["metric"].startswith("mse") else 1, abs=1e-5)
+
+
+def test_of_a_symbol_that_stands_twice_each_gene_gets_its_own_prediction(evaluation, tmp_path):
+    data = SimpleNamespace(genes=np.array(["A", "B", "A"], dtype=object), measured=np.ones(3, dtype=bool), conditions=np.array(["x"], dtype=object))
+    for names in (["B", "A", "A"], ["B", "A", "A-1"]):  # as they are, and as anndata makes them unique
+        with h5py.File(tmp_path / "other.h5ad", "w") as file:
+            file["X"] = np.array([[2.0, 1.0, 3.0]])
+            for table, column, values in (("obs", "condition", ["x"]), ("var", "gene_name", names)):
+                file.create_group(table).attrs["_index"] = column
+                file[table].create_dataset(column, data=values, dtype=h5py.string_dtype())
+        assert evaluation.read_external(f"other={tmp_path / 'other.h5ad'}", data, np.array([0]))[1].tolist() == [[1, 2, 3]]
 
 
 # --- single perturbations
@@ -527,7 +541,7 @@ def test_runs_that_are_not_finished_or_of_other_data_are_named_and_left_out(resu
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
     done = run_script("05_eval.py", "--controls", 2, root=tmp_path)
-    assert "seed42 is not finished" in done.stdout and "seed23 was trained on another" in done.stdout
+    assert "seed42 is not finished" in done.stdout and "dataset.h5 changed since it was trained" in done.stdout
     assert sorted(path.name for path in (tmp_path / "results/demo/predictions").iterdir()) == ["scgenept_go_c.seed23.h5ad", "scgenept_go_c.seed42.h5ad"]
 
 

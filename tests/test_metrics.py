@@ -79,3 +79,4 @@ def test_specific_scores_tell_a_perfect_prediction_from_one_that_is_the_same_for
     perfect, same = metrics.evaluate_specific(true, true, reference), metrics.evaluate_specific(np.tile(reference, (50, 1)), true, reference)
     assert perfect["centroid_accuracy"].min() == 1 and perfect["pearson_systema"].min() == pytest.approx(1)
     assert same["centroid_accuracy"].mean() == pytest.approx(0.5) and not same["pearson_systema"].any()
+    assert np.isnan(metrics.evaluate_specific(true[:1], true[:1], reference)["centroid_accuracy"]).all()  # nothing to tell it apart from

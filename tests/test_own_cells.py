@@ -191,6 +191,31 @@ def test_cells_without_a_label_are_left_out_and_counted(tmp_path, encoding):
     np.testing.assert_allclose(data.X, logged(counts())[4:], rtol=1e-6)
 
 
+def test_a_column_of_floats_has_missing_labels_too_and_a_text_nan_is_warned_of(tmp_path):
+    labels = np.repeat(np.arange(15.0), 5)
+    labels[-3:] = np.nan
+    genes = [f"{i}.0" for i in range(30)]
+    done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes, encoding="numbers"), "--control", "0.0")
+    assert "3 of 75 cells have no condition: left out" in done.stdout and "nan" not in data.conditions
+    done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels.astype(str), genes, "csr", "plain"), "--control", "0.0", "--force")
+    assert "warning: nan counts as a target" in done.stderr and "nan" in data.conditions
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc"])
+def test_values_that_are_stored_in_parts_count_as_their_sum(tmp_path, layout):
+    path = write_cells(tmp_path / "cells.h5ad", counts(), LABELS, GENES, layout)
+    with h5py.File(path, "a") as file:
+        X = {name: file["X"][name][:] for name in ("data", "indices", "indptr")}
+        wide = np.flatnonzero(np.diff(X["indptr"]) < 29)  # where another entry does not look like damage
+        for name, values in (("data", np.insert(X["data"] - np.isin(np.arange(len(X["data"])), X["indptr"][wide]) * 0.5, X["indptr"][wide], 0.5)),
+                             ("indices", np.insert(X["indices"], X["indptr"][wide], X["indices"][X["indptr"][wide]])),
+                             ("indptr", X["indptr"] + np.searchsorted(wide, np.arange(len(X["indptr"]))).astype(np.int32))):
+            del file["X"][name]
+            file["X"][name] = values
+    _, data = run(tmp_path, path, "--normalize")
+    np.testing.assert_allclose(data.X, logged(counts()), rtol=1e-6)
+
+
 def test_a_column_of_numbers_gives_labels_as_they_print(tmp_path):
     labels = np.repeat(np.arange(15), 5)
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, [str(i) for i in range(30)], encoding="numbers")

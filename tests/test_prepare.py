@@ -53,6 +53,16 @@ def test_the_split_depends_on_the_seed_not_on_the_order_of_labels(prepare, norma
     assert prepare.split_conditions(perturbed, 2) != prepare.split_conditions(perturbed, 1)
 
 
+def test_a_pair_written_in_both_orders_stays_on_one_side(prepare, norman):
+    """Also, the labels that stand once fall where they fall without the others."""
+    perturbed = {label: targets for label, targets in norman.items() if targets}
+    reverse = {f"{label}, reversed": targets[::-1] for label, targets in perturbed.items() if len(targets) == 2}
+    split, subgroup = prepare.split_conditions(perturbed | reverse, 1)
+    assert all(split[f"{label}, reversed"] == split[label] and subgroup.get(f"{label}, reversed") == subgroup.get(label)
+               for label, targets in perturbed.items() if len(targets) == 2)
+    assert {label: split[label] for label in perturbed} == prepare.split_conditions(perturbed, 1)[0]
+
+
 @pytest.mark.parametrize("label", ["A+", "+A", "A+A", "ctrl+ctrl", "", "A + B", "A++B"])
 def test_a_label_of_unknown_form_is_an_error(prepare, label):
     with pytest.raises(SystemExit, match="condition"):

@@ -58,7 +58,7 @@ def test_a_variants_name_gives_its_parts(training, stage, name, expected):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("scgtp", "unknown variant 'scgtp'"), ("scgenept_", "unknown variant"), ("scgenept_go_x", "unknown source 'go_x'"),
+    ("scgtp", "unknown variant 'scgtp'"), ("scgenept_", "unknown variant"), ("genept_-scratch", "unknown variant"), ("scgenept_go_x", "unknown source 'go_x'"),
     ("scgenept_go_c+", "unknown variant"), ("scgpt-shuffled", "no texts to shuffle"), ("scgenept_go_c+go_c", "go_c twice"),
     ("scgenept_go_c-scratch", "unknown source")])
 def test_an_unknown_variant_or_source_is_named(training, stage, name, message):
@@ -398,7 +398,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_batch_and_advice(roo
     (["--variant", "scgenept_go_x"], "unknown source"), (["--epochs", "0"], "--epochs"), (["--dropout", "1"], "--dropout"),
     (["--batch-size", "4000"], "lower --batch-size"), (["--device", "cuda"], "--device cuda"), (["--dataset", "a/../b"], "--dataset"),
     (["--dataset", "mine", "--variant", "scgpt"], "run first: python 03_prepare_data.py --dataset mine"), (["--n-heads", "3"], "not a multiple"),
-    (["--n-heads", "0"], "--n-heads has to be above 0"), (["--seed", "-1"], "invalid seed value: '-1'")])
+    (["--n-heads", "0"], "--n-heads has to be above 0"), (["--device", "meta"], "--device meta"),
+    (["--pretrained", "nowhere"], "the demo's genes are invented"), (["--variant", "scgpt", "--n-layers", "1", "--n-heads", "1", "--d-model", "4000000"], "not enough memory"),
+    (["--seed", "-1"], "invalid seed value: '-1'")])
 def test_bad_options_are_one_line(root, args, message):
     if torch.cuda.is_available() and "cuda" in args:
         pytest.skip("there is a GPU")
