@@ -55,13 +55,13 @@ METRICS = {  # key: (heading, whether higher is better)
 }
 BASELINES = {  # they need no training
     "non-ctrl-mean": "the mean profile of the training perturbations",
-    "random": "the profile of one training perturbation drawn at random",
+    "random": "the profile of one training perturbation drawn at random; ten draws",
     "no-change": "the mean of the control cells",
     "matching-mean": "the mean of the parts' own training profiles, non-ctrl-mean for parts not trained on (Systema)",
     "additive": "control plus the sum of the parts' effects, 0 for parts not trained on (Ahlmann-Eltze et al. 2025)",
     "ridge_<source>": "ridge regression from the sum of the targets' language vectors to the response (GenePert)"}
 CEILING = "data-ceiling"
-DEPEND_ON_SEED = ("random", CEILING)
+N_DRAWS = 10  # of the random baseline, and of the halves of the ceiling
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
 CELLS_X_GENES = 80_000   # predicted between two steps of the progress bar
 MOST_FIGURES = 12        # of --predict; for a longer list none is drawn
@@ -137,7 +137,7 @@ PAPER_BY_SUBGROUP = """
         random                 0.397 ± 0.04 | 0.771 ± 0.06 | 0.630 ± 0.01 | 0.619 ± 0.00
         non-ctrl-mean          0.397 ± 0.00 | 0.741 ± 0.00 | 0.656 ± 0.00 | 0.640 ± 0.00"""
 PAPER_SUBGROUPS = ("unseen_single", "combo_seen0", "combo_seen1", "combo_seen2")
-COLORS = (*shared.COLORS, shared.GREY)
+COLORS = shared.COLORS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,13 +167,13 @@ def find_files(items, dataset, folder):
                 sys.exit(f"error: --run {item}: {path} does not exist")
             seed = re.search(r"seed_?(\d+)", path.name)
             models.append(SimpleNamespace(name=shared.check_name(name or path.stem.replace(".", "_"), "--run"), seed=int(seed[1]) if seed else 0,
-                                          path=path, embeddings={}, facts=("–", "–", "–")))
+                                          path=path, embeddings={}, options={}, facts=("–", "–", "–")))
     return models
 
 
 def find_runs(folder, wanted, dataset_path, of_dataset):
-    """Finished runs as namespaces (name, seed, path, embeddings, facts), in order of name and seed; all of them, or those of the
-    names `wanted`. Runs that cannot be compared (not finished, other data) are named and left out."""
+    """Finished runs as namespaces (name, seed, path, embeddings, options, facts), in order of name and seed; all of them, or those of
+    the names `wanted`. Runs that cannot be compared (not finished, other data) are named and left out."""
     runs, names = [], set()
     made_by = f"python 04_train.py{of_dataset}"
     fingerprint = shared.fingerprint(dataset_path)
@@ -181,8 +181,9 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
         config = shared.read_json(path, object)
         try:
             name, seed = path.parent.parent.name, int(path.parent.name[4:])
-            inputs = json.loads(config["made_from"])["inputs"]
-            run = SimpleNamespace(name=name, seed=seed, path=path.parent / "model.pt", embeddings=dict(config["embeddings"]), facts=(
+            made_from = json.loads(config["made_from"])
+            inputs, options = made_from["inputs"], dict(made_from["options"])
+            run = SimpleNamespace(name=name, seed=seed, path=path.parent / "model.pt", embeddings=dict(config["embeddings"]), options=options, facts=(
                 config.get("best_epoch"), f"{config.get('best_val_mse', math.nan):.5f}", f"{config.get('n_parameters', 0):,}"))
             if not all(file == Path(file).name for file in run.embeddings.values()):
                 raise ValueError("files of other folders")
@@ -203,6 +204,18 @@ def find_runs(folder, wanted, dataset_path, of_dataset):
         if name not in names:
             sys.exit(f"error: --run {name}: not found in {folder}; there are: {', '.join(sorted(names)) or 'none'}")
     return sorted(runs, key=lambda run: (not run.name.startswith("scgpt"), run.name, run.seed))
+
+
+def unlike(runs):
+    """A sentence for every model whose runs were trained with different options: their interval is not one over seeds alone."""
+    sentences = []
+    for name in dict.fromkeys(run.name for run in runs):
+        options = [run.options for run in runs if run.name == name]
+        differing = [f"{key} ({', '.join(dict.fromkeys(str(of.get(key)) for of in options))})" for key in sorted({key for of in options for key in of})
+                     if any(of.get(key) != options[0].get(key) for of in options)]
+        if differing:
+            sentences.append(f" The runs of {name} differ in {', '.join(differing)}: they are not seeds of one model.")
+    return "".join(sentences)
 
 
 def load_model(path, data):
@@ -327,8 +340,8 @@ def write_cells(path, made, blocks, obs, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # Baselines
 
-def baseline_means(data, conditions, seed):
-    """Mean profiles that the baselines predict for each condition: {name: (conditions, G)}. Only `random` depends on `seed`."""
+def baseline_means(data, conditions, draw=0):
+    """Mean profiles that the baselines predict for each condition: {name: (conditions, G)}. Only `random` depends on `draw`."""
     trained = np.flatnonzero(data.split == "train")
     ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
@@ -341,7 +354,7 @@ def baseline_means(data, conditions, seed):
     profile_of = {target: sum_of[target] / cells_of[target] for target in sum_of}
     non_ctrl = data.mean[trained].mean(0, dtype=np.float64)
     parts = [data.targets[condition][data.targets[condition] >= 0] for condition in conditions]
-    drawn = np.random.default_rng([seed, 5]).choice(trained, len(conditions))
+    drawn = np.random.default_rng([draw, 5]).choice(trained, len(conditions))
     return {"non-ctrl-mean": np.tile(non_ctrl, (len(conditions), 1)),
             "random": data.mean[drawn],
             "no-change": np.tile(ctrl, (len(conditions), 1)),
@@ -377,9 +390,9 @@ def ridge_means(data, conditions, path):
     return best[1]
 
 
-def halves(data, conditions, seed):
+def halves(data, conditions, draw):
     """Mean profiles of two random halves of each condition's cells, two arrays (conditions, G); NaN for a single cell."""
-    rng = np.random.default_rng([seed, 6])
+    rng = np.random.default_rng([draw, 6])
     means = np.full((2, len(conditions), len(data.genes)), np.nan)
     for row, condition in enumerate(conditions):
         cells = rng.permutation(np.flatnonzero(data.cell_condition == condition))
@@ -416,6 +429,8 @@ def read_external(item, data, conditions):
         there = np.array([label in row_of and n_cells[row_of[label]] > 0 for label in data.conditions[conditions]])
         if not there.any():
             sys.exit(f"error: {path}: none of the {len(conditions)} test conditions is in obs/condition, as {data.conditions[conditions[0]]!r}")
+        if strange := sorted(set(labels) - set(data.conditions)):
+            print(f"{path}: {len(strange):,} of its {len(labels):,} labels are no condition of the dataset: {prepare.shown(strange)}")
         sums = np.zeros((len(labels), len(codes)))
         for cells, genes, X in prepare.read_blocks(file, path, (len(label_of_cell), len(codes))):
             of_cells = label_of_cell[cells]
@@ -450,12 +465,12 @@ def csv_text(header, rows):
     return text.getvalue()
 
 
-def number(mean, half_width):
-    """`0.665 ± 0.010`, with three significant digits where both are small."""
+def number(mean, half_width, metric="pearson"):
+    """`0.665 ± 0.010`; squared errors, which may be small, with three significant digits."""
     if math.isnan(mean):
         return ""
     size = max(abs(mean), half_width)  # the mean where half_width is NaN
-    digits = 3 if size >= 0.1 or size == 0 else min(3 - math.floor(math.log10(size)) - 1, 7)
+    digits = 3 if not metric.startswith("mse") or size >= 0.1 or size == 0 else min(3 - math.floor(math.log10(size)) - 1, 7)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
 
 
@@ -466,12 +481,13 @@ def markdown_table(header, rows):
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def marked(summary, models, subgroup, metric):
-    """A column of a table: each model's number, the best in bold and the second best in italics."""
-    values = {model: summary.get((model, subgroup, metric), (math.nan, math.nan))[:2] for model in models}
-    ranked = sorted({mean for model, (mean, _) in values.items() if model != CEILING and not math.isnan(mean)}, reverse=METRICS[metric][1])
-    mark_of = {model: dict(zip(ranked, ("**", "*"))).get(mean, "") if model != CEILING else "" for model, (mean, _) in values.items()}
-    return [f"{mark_of[model]}{number(*values[model])}{mark_of[model]}" for model in models]
+def marked(summary, models, subgroup, metric, unranked):
+    """A column of a table: each model's number, of those that are not `unranked` the best in bold and the second best in italics."""
+    shown = [number(*summary.get((model, subgroup, metric), (math.nan, math.nan))[:2], metric) for model in models]
+    value_of = {text: float(text.split()[0]) for model, text in zip(models, shown) if text and model not in unranked}  # as printed
+    ranked = sorted(set(value_of.values()), reverse=METRICS[metric][1])
+    marks = [dict(zip(ranked, ("**", "*"))).get(value_of.get(text), "") if model not in unranked else "" for model, text in zip(models, shown)]
+    return [f"{mark}{text}{mark}" for mark, text in zip(marks, shown)]
 
 
 def paper_rows(text):
@@ -493,23 +509,28 @@ def tables_by_embedding(summary, runs):
         cells = {base: by for base, by in cells.items() if len(by) > 1}
         columns = sorted({column for by in cells.values() for column in by})
         for metric in PAPER_METRICS if cells else ():
-            rows = [[base, *(number(*summary[by[column], "all", metric][:2]) if column in by else "" for column in columns)]
+            rows = [[base, *(number(*summary[by[column], "all", metric][:2], metric) if column in by else "" for column in columns)]
                     for base, by in cells.items()]
             lines += [f"## {heading}: {METRICS[metric][0]}", "", markdown_table(["model", *columns], rows), ""]
     return lines
 
 
-def draw_bars(path, summary, models, subgroups, title):
+def draw_bars(path, summary, models, trained, subgroups, title):
     """Bars with 95% intervals: Pearson delta and mean squared error on the top 20 genes, by subgroup (the paper's Figures 10
-    and 14 to 16)."""
+    and 14 to 16). Trained models in colours, baselines in grey (of the ridge regressions the best), the ceiling in white."""
+    ridges = sorted((model for model in models if model.startswith("ridge_")), key=lambda model: -summary[model, "all", "pearson_delta_top20"][0])
+    models = [model for model in models if model not in ridges[1:]]
+    others = [model for model in models if model not in trained]
     figure = shared.new_figure(min(max(6.5, 1.2 + 0.22 * len(models) * len(subgroups)), 30), 7.5, title)
     for axes, metric, label in zip(figure.subplots(2, 1), ("pearson_delta_top20", "mse_top20"),
                                    ("Pearson Δ, top 20 DE genes", "MSE, top 20 DE genes\n(squared log-normalized expression)")):
         for i, model in enumerate(models):
             means, halves_ = np.array([summary.get((model, group, metric), (np.nan, np.nan))[:2] for group in subgroups]).T
+            style = ({"color": "white", "edgecolor": "black"} if model == CEILING else {"color": str(0.3 + 0.6 * others.index(model) / len(others))}
+                     if model in others else {"color": COLORS[trained.index(model) % len(COLORS)], "edgecolor": "white",
+                                              "hatch": ("", "//", "..", "xx")[trained.index(model) // len(COLORS) % 4]})
             axes.bar(np.arange(len(subgroups)) + (i - (len(models) - 1) / 2) * 0.85 / len(models), means, 0.8 / len(models), label=model,
-                     yerr=None if np.isnan(halves_).all() else halves_, capsize=2, error_kw={"lw": 1}, edgecolor="white",
-                     color=COLORS[i % len(COLORS)], hatch=("", "//", "..", "xx")[i // len(COLORS) % 4])
+                     yerr=None if np.isnan(halves_).all() else halves_, capsize=2, error_kw={"lw": 1}, **style)
         low, high = axes.get_ylim()  # intervals over two seeds may run far beyond what can be
         largest = np.nanmax([summary.get((model, group, metric), (0,))[0] for model in models for group in subgroups])
         axes.set_ylim(*((max(low, -1.05), min(high, 1.05)) if metric.startswith("pearson") else (0, min(high, 1.5 * largest))))
@@ -552,7 +573,9 @@ def read_perturbations(items, data, vocab_path):
         if item == "all-singles":
             labels += list(data.genes)
         elif Path(item).is_file():
-            labels += [line.strip() for _, line in shared.read_lines(item) if line.strip()]
+            labels += [line.strip() for _, line in shared.read_lines(item) if line.strip() and not line.startswith("#")]
+        elif item.endswith((".txt", ".tsv", ".csv")):
+            sys.exit(f"error: --predict {item}: no such file")
         else:
             labels.append(item)
     known, genes_of = set(data.genes), {}
@@ -601,7 +624,7 @@ def add_language(net, run, data, new, embeddings):
         row_of = {gene: row for row, gene in enumerate(genes)}
         missing = [gene for gene, lacks in zip(new, lacking) if lacks and gene not in row_of]
         if missing:
-            sys.exit(f"error: --predict: {run.embeddings[source]} has no vector for {', '.join(missing)}, which {run.name} needs")
+            sys.exit(f"error: --predict: {run.embeddings[source]} has no vector for {', '.join(missing)}, which {run.name} needs; choose other models with --run")
         if of_genes.shape[1] != net.config.languages[source]:
             sys.exit(f"error: --predict: {run.embeddings[source]} has vectors of {of_genes.shape[1]:,} numbers, {run.name} was trained with others")
         vectors[source] = of_genes[[row_of.get(gene, 0) for gene in new]][lacking.numpy()]
@@ -623,6 +646,7 @@ def predict_perturbations(args, data, runs, device, results):
     baseline = control.mean(0, dtype=np.float64)  # a prediction is compared with the cells that it started from
     is_measured = data.measured
     delta, of_cells, top = {}, {}, {}  # (label, model, seed): (G,), (cells, top); label: (top,)
+    offset = {}  # (model, seed): (G,), the change that it predicts where nothing is perturbed
     blocks, cell_rows = [], []  # of --cells: (cells, measured genes); (label, model, seed) of every row
 
     def most_changed(change):
@@ -638,14 +662,15 @@ def predict_perturbations(args, data, runs, device, results):
             if args.cells:
                 blocks.append(control[:, is_measured])
                 cell_rows += [(data.control, run.name, run.seed)] * len(cells)
+            unperturbed = predict_cells(net, run.path, data, control, [], device, args.batch_size)
+            offset[run.name, run.seed] = unperturbed.mean(0, dtype=np.float64) - baseline
             for label, targets in wanted.items():
                 each = predict_cells(net, run.path, data, control, targets, device, args.batch_size)
                 change = (each.mean(0, dtype=np.float64) - baseline).astype(np.float32)
                 delta[label, run.name, run.seed] = change
                 if label not in top:
                     same = measured_as(data, targets)
-                    top[label] = (data.de_idx[same[0]][data.de_idx[same[0]] >= 0] if same else
-                                  most_changed(change))
+                    top[label] = data.de_idx[same[0]][data.de_idx[same[0]] >= 0] if same else most_changed(change)
                 if len(genes_of) <= MOST_FIGURES:
                     of_cells[label, run.name, run.seed] = each[:, top[label]] - baseline[top[label]]
                 if args.cells and label in genes_of:
@@ -653,7 +678,8 @@ def predict_perturbations(args, data, runs, device, results):
                     cell_rows += [(label, run.name, run.seed)] * len(cells)
                 progress.update()
 
-    # Per perturbation and model: the size of the effect, its genes, and for pairs the distance from the sum of the singles
+    # Per perturbation and model: the size of the effect, its genes, and for pairs the interaction: how far it is from the sum of the
+    # effects of its parts, each against the prediction where nothing is perturbed
     def over_seeds(label, name, value):
         return metrics.interval95([value(delta[label, name, seed], seed) for seed in seeds[name]])
 
@@ -667,7 +693,8 @@ def predict_perturbations(args, data, runs, device, results):
         for name in seeds:
             size, half = over_seeds(label, name, lambda change, seed: rms(change))
             parts = genes_of[label]
-            apart = over_seeds(label, name, lambda change, seed: rms(change - sum(delta[part, name, seed] for part in parts)))[0] if len(parts) > 1 else ""
+            apart = over_seeds(label, name, lambda change, seed: rms(change - offset[name, seed] - sum(
+                delta[part, name, seed] - offset[name, seed] for part in parts)))[0] if len(parts) > 1 else ""
             mean = np.mean([delta[label, name, seed] for seed in seeds[name]], axis=0)
             order = most_changed(mean)
             ranked.append((label, name, len(seeds[name]), size, "" if math.isnan(half) else half, apart,
@@ -690,12 +717,20 @@ def predict_perturbations(args, data, runs, device, results):
                              "models": {f"{run.name}, seed {run.seed}": shared.fingerprint(run.path) for run in runs}}, [])
     write_h5ad(results / "predicted.h5ad", made, np.stack([delta[key][is_measured] for key in kept]) + measured_baseline, columns(kept),
                data.genes[is_measured], "mean predicted log-normalized expression", data, measured_baseline)
+    for old in results.glob("predicted_*.png"):  # of another --predict
+        old.unlink()
     if args.cells:
         write_cells(results / "predicted.cells.h5ad", made, blocks, columns(cell_rows), data)
     if len(genes_of) <= MOST_FIGURES:
         for label in genes_of:
             draw_perturbation(results, label, data, top[label], ctrl, {name: np.concatenate([of_cells[label, name, seed] for seed in seeds[name]])
                                                                        for name in seeds}, measured_as(data, targets_of[label]))
+    for name in seeds if len(targets_of) > 1 else ():
+        changes = np.array([np.mean([delta[label, name, seed][is_measured] for seed in seeds[name]], axis=0) for label in list(targets_of)[:200]])
+        with np.errstate(invalid="ignore"):  # a model that predicts no change at all
+            alike = np.median(np.corrcoef(changes)[np.triu_indices(len(changes), 1)])
+        if alike > 0.99:
+            print(f"warning: {name} predicts nearly the same change for all of these (median correlation {alike:.3f}): it says little of each", file=sys.stderr)
     for row in [row for row in ranked if "-shuffled" not in row[1]][:10]:  # a shuffled control is no answer
         print(f"{row[0]}: effect {row[3]:.4f} by {row[1]}; {' '.join(row[6].split()[:5])} ...")
     print(f"figures: {'one a perturbation, ' + str(results / 'predicted_*.png') if len(genes_of) <= MOST_FIGURES else f'none for more than {MOST_FIGURES} perturbations'}\n"
@@ -715,7 +750,8 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
     if conditions:
         cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
         series = {"measured": data.X[cells].toarray()[:, top] - ctrl[top]} | series
-    words = f"the {len(top)} genes that change most as " + ("measured" if conditions else f"{next(iter(predicted))} predicts; not measured")
+    words = f"the {len(top)} genes " + ("that are most differentially expressed, measured and predicted" if conditions else
+                                        f"that change most as {next(iter(predicted))} predicts; not measured")
     figure = shared.new_figure(12, 5, f"{label}: {words}{' (SYNTHETIC data)' if data.synthetic else ''}\n"
                         "cells between the quartiles (box), median (line), mean (diamond), rest without outliers (whiskers)")
     axes = figure.subplots()
@@ -724,7 +760,8 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
         at = np.arange(len(top)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
         boxes = axes.boxplot(values, positions=at, widths=0.7 / len(series), showfliers=False, patch_artist=True,
                              medianprops={"color": "black"}, manage_ticks=False, showmeans=True,
-                             meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "white", "markeredgecolor": "black"})
+                             meanprops={"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
+                                        "markeredgewidth": 0.5})
         for box in boxes["boxes"]:
             box.set_facecolor(color)
         axes.bar(0, 0, color=color, label=name)
@@ -824,18 +861,17 @@ def main():
                 raise ValueError("X is not a finite profile for each test condition")
             profiles.append((run.name, run.seed, file["X"][:], true))
     profiles += [(name, "", means, true) for name, means in external]
-    seeds = sorted({run.seed for run in runs})
-    for seed in seeds:
-        profiles += [(name, seed if name in DEPEND_ON_SEED else "", means[:, genes], true)
-                     for name, means in baseline_means(data, tested, seed).items() if seed == seeds[0] or name in DEPEND_ON_SEED]
+    for name, means in baseline_means(data, tested).items():
+        draws = {draw: baseline_means(data, tested, draw)[name] for draw in range(N_DRAWS)} if name == "random" else {"": means}
+        profiles += [(name, draw, means[:, genes], true) for draw, means in draws.items()]
     ridge_files = {source: found.get(("published", "concat")) or next(iter(found.values())) for source, found in embeddings.items()}
     for source, path in ridge_files.items():
         means = ridge_means(data, tested, path)
         if means is not None:
             profiles.append((f"ridge_{source}", "", means[:, genes], true))
-    for seed in seeds:
-        one, other = halves(data, tested, seed)
-        profiles.append((CEILING, seed, one[:, genes], other[:, genes]))
+    for draw in range(N_DRAWS):
+        one, other = halves(data, tested, draw)
+        profiles.append((CEILING, draw, one[:, genes], other[:, genes]))
 
     # Scores
     rows = []
@@ -856,14 +892,14 @@ def main():
 
     # Report
     label = " (SYNTHETIC data)" if data.synthetic else ""
-    words = verdict(summary, trained, [model for model in models if model not in trained and model != CEILING])
-    for name, means in external:
-        if n_missing := np.isnan(means).any(1).sum():
-            words += f" The figures of {name} are means over {len(tested) - n_missing} of these conditions; its file lacks the others."
+    partial = {name: len(tested) - np.isnan(means).any(1).sum() for name, means in external if np.isnan(means).any()}
+    words = verdict(rows, summary, [name for name in trained if name not in partial], [name for name in models if name not in (*trained, CEILING)])
+    words += "".join(f" The figures of {name} are means over {n} of these conditions, since its file lacks the others: it is not ranked."
+                     for name, n in partial.items()) + unlike(runs)
     draw_split(results / "split.png", data, f"{args.dataset}{label}: conditions of the split")
-    draw_bars(results / "subgroups.png", summary, models, subgroups, f"{args.dataset}{label}: held-out perturbations\nmean over conditions and seeds; "
-              "lines: 95% interval over seeds, cut at the edge")
-    shared.write_text(results / "report.md", report(args, data, summary, models, trained, subgroups, runs, ridge_files, words, len(genes)))
+    draw_bars(results / "subgroups.png", summary, models, trained, subgroups, f"{args.dataset}{label}: held-out perturbations\nmean over conditions and "
+              "seeds (grey: baselines); lines: 95% interval over seeds, cut at the edge")
+    shared.write_text(results / "report.md", report(args, data, summary, models, trained, {CEILING, *partial}, subgroups, runs, ridge_files, words, len(genes)))
 
     shown = trained + [model for model in list(BASELINES)[:3] if model not in trained]
     header = [f"{METRICS['pearson_delta_top20'][0]}{label}", "n", *shown]
@@ -874,7 +910,7 @@ def main():
           f"values: {results / 'metrics.csv'}, {results / 'summary.csv'}")
 
 
-def report(args, data, summary, models, trained, subgroups, runs, ridge_files, words, n_genes):
+def report(args, data, summary, models, trained, unranked, subgroups, runs, ridge_files, words, n_genes):
     """The text of report.md."""
     tested = data.split == "test"
     lines = [f"# {args.dataset}: predicting held-out perturbations", ""]
@@ -885,7 +921,7 @@ def report(args, data, summary, models, trained, subgroups, runs, ridge_files, w
               "difference to the mean of the control cells. Pearson Systema is the same with the mean of the training perturbations in its "
               "place, and centroid accuracy the share of the other conditions that are farther from a prediction than its own. Where predictions "
               "look alike, these two are near what chance gives, 0 and 0.5.", "",
-              "Of an unseen_single the target, of a combo_seen0, 1 or 2 that many of the targets are among the targets seen in training. "
+              "unseen_single: the target is perturbed in no training condition. combo_seen0, 1, 2: so many targets of the pair are. "
               "`-shuffled` is a model whose texts were permuted among the genes: what it reaches does not come from what they say.", "",
               "Baselines, which need no training:", "", *(f"- `{name}`: {what}" for name, what in BASELINES.items()),
               f"- `{CEILING}`: no prediction; one half of a condition's cells scored as if it predicted the other. Both halves are noisy: with "
@@ -894,15 +930,15 @@ def report(args, data, summary, models, trained, subgroups, runs, ridge_files, w
               "![The split](split.png)", "", "## All test conditions", ""]
     paper = paper_rows(PAPER.get(args.dataset, ""))
     header = ["model", "seeds", *(heading for heading, _ in METRICS.values()), *(f"paper: {METRICS[m][0]}" for m in PAPER_METRICS if paper)]
-    columns = [marked(summary, models, "all", metric) for metric in METRICS]
-    rows = [[model, summary[model, "all", "mse_all"][2] if model in trained or model in DEPEND_ON_SEED else "–",
+    columns = [marked(summary, models, "all", metric, unranked) for metric in METRICS]
+    rows = [[model, summary[model, "all", "mse_all"][2] if model in trained else "–",
              *(column[i] for column in columns), *paper.get(model, [""] * len(PAPER_METRICS) if paper else [])] for i, model in enumerate(models)]
     lines += [markdown_table(header, rows), ""]
     for metric in ("pearson_delta_top20", "mse_top20"):
         paper = paper_rows(PAPER_BY_SUBGROUP) if args.dataset == "norman" and metric == "pearson_delta_top20" else {}
         header = ["model", *(f"{g} ({(data.subgroup[tested] == g).sum() if g != 'all' else tested.sum()})" for g in subgroups),
                   *(f"paper: {g}" for g in PAPER_SUBGROUPS if paper)]
-        columns = [marked(summary, models, group, metric) for group in subgroups]
+        columns = [marked(summary, models, group, metric, unranked) for group in subgroups]
         rows = [[model, *(column[i] for column in columns), *paper.get(model, [""] * len(PAPER_SUBGROUPS) if paper else [])]
                 for i, model in enumerate(models)]
         lines += [f"## By subgroup: {METRICS[metric][0]}", "", markdown_table(header, rows), ""]
@@ -914,29 +950,50 @@ def report(args, data, summary, models, trained, subgroups, runs, ridge_files, w
     return "\n".join(lines)
 
 
-def verdict(summary, trained, baselines):
-    """What came out, in words: the best trained model by Pearson delta on the top 20 genes, against the mean, its own shuffled
-    control, scGPT, and the best baseline; and the best model with a shuffled control against that, where it is another one."""
-    def value(model):
-        return summary[model, "all", "pearson_delta_top20"]
+def verdict(rows, summary, trained, baselines):
+    """What came out, in words: whether the best trained model (a shuffled control is none) beats the mean of the training
+    perturbations, by Pearson delta on the top 20 genes; then against its shuffled control, scGPT and the best baseline, and by squared
+    error; and the best model with a shuffled control against that, where it is another one."""
+    metric, of_conditions = "pearson_delta_top20", {}
+    for model, _, condition, _, of_metric, value in rows:
+        if of_metric == metric:
+            of_conditions.setdefault(model, {}).setdefault(condition, []).append(value)
 
-    def against(model, rival):
-        (a, half_a, n), (b, half_b, n_rival) = value(model), value(rival)
-        half_widths = sum(half for half in (half_a, half_b) if not math.isnan(half))
-        certainty = "one seed, no interval" if n < 2 or rival in trained and n_rival < 2 else "beyond the intervals" if abs(a - b) > half_widths else "within the intervals"
-        return f"{'above' if a > b else 'not above'} {rival} ({number(b, half_b)}; {certainty})"
+    def value(model):
+        return summary[model, "all", metric]
 
     def shuffled(model):  # scgenept_go_c,align=linear -> scgenept_go_c-shuffled,align=linear
         variant, *suffix = model.split(",")
         return ",".join([f"{variant}-shuffled", *suffix])
 
-    best = max(trained, key=lambda model: value(model)[0])
-    rivals = ["non-ctrl-mean", max(baselines, key=lambda model: value(model)[0]), shuffled(best), best.replace("-shuffled", ""), "scgpt"]
-    words = [against(best, rival) for rival in dict.fromkeys(rivals) if rival != best and (rival in trained or rival in baselines)]
-    text = f"By Pearson Δ on the top 20 genes, {best} is the best trained model ({number(*value(best)[:2])}): {'; '.join(words)}."
+    def against(model, rival):
+        """(whether the model is above the rival, how surely, in words)"""
+        (a, half_a, n), (b, half_b, n_rival) = value(model), value(rival)
+        wins = [np.mean(values) > np.mean(of_conditions[rival][condition]) for condition, values in of_conditions[model].items()]
+        words = f"{rival} ({number(b, half_b)}; higher in {sum(wins)} of {len(wins)} conditions"
+        if n > 1 and (n_rival > 1 or rival not in trained):
+            words += f", {'beyond' if abs(a - b) > half_a + (0 if math.isnan(half_b) else half_b) else 'within'} the intervals over seeds"
+        return a > b, words + ")"
+
+    def compared(model, rivals):
+        results = [against(model, rival) for rival in dict.fromkeys(rivals) if rival != model and (rival in trained or rival in baselines)]
+        return "; ".join(f"{'above' if is_above else 'not above'} {words}" for is_above, words in results)
+
+    if not trained:
+        return "No trained model has predictions of all conditions."
+    best = max([model for model in trained if "-shuffled" not in model] or trained, key=lambda model: value(model)[0])
+    is_above, words = against(best, "non-ctrl-mean")
+    text = (f"By Pearson Δ on the top 20 genes, the best trained model, {best} ({number(*value(best)[:2])}), "
+            + ("beats" if is_above else "does NOT beat") + f" the mean of the training perturbations, {words}.")
+    if others := compared(best, [shuffled(best), "scgpt", max(baselines, key=lambda model: value(model)[0])]):
+        text += f" It is {others}."
+    errors = [f"{model} {number(*summary[model, 'all', 'mse_top20'][:2], 'mse')}" for model in (best, "non-ctrl-mean", "no-change") if model in (best, *baselines)]
+    text += f" Mean squared error on the same genes (lower is better): {', '.join(errors)}."
     controlled = max((model for model in trained if shuffled(model) in trained), key=lambda model: value(model)[0], default=best)
     if controlled != best:
-        text += f" {controlled} ({number(*value(controlled)[:2])}) is {against(controlled, shuffled(controlled))}."
+        text += f" {controlled} ({number(*value(controlled)[:2])}) is {compared(controlled, [shuffled(controlled)])}."
+    if min(value(model)[2] for model in trained) < 2:
+        text += " Models of one seed have no interval: train with several (04 --seed 42 23 89) before believing a difference."
     return text
 
 

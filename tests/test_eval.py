@@ -69,13 +69,13 @@ def test_scores_of_models_and_baselines_are_those_of_a_loop_with_scipy(results):
             assert value(results, name, seed, label, "pearson_delta_all") == pytest.approx(delta, abs=1e-5)
 
 
-def test_the_random_baseline_is_the_profile_of_one_training_perturbation_drawn_for_each_seed(results, evaluation):
+def test_the_random_baseline_is_the_profile_of_one_training_perturbation_drawn_ten_times(results, evaluation):
     data, tested = results.data, np.flatnonzero(results.data.split == "test")
     draws = {seed: evaluation.baseline_means(data, tested, seed)["random"] for seed in (42, 23)}
     trained = {tuple(row) for row in data.mean[data.split == "train"]}
     assert all(tuple(row) in trained for draw in draws.values() for row in draw) and not np.array_equal(draws[42], draws[23])
     assert len({tuple(row) for row in draws[42]}) > 10
-    assert {row["seed"] for row in results.metrics if row["model"] == "random"} == {"42", "23"}
+    assert {row["seed"] for row in results.metrics if row["model"] == "random"} == {str(draw) for draw in range(10)}
     assert {row["seed"] for row in results.metrics if row["model"] == "no-change"} == {""}
 
 
@@ -94,7 +94,7 @@ def small_screen(seed=0):
 
 def test_matching_mean_and_additive_take_the_parts_trained_profiles(evaluation):
     data = small_screen()
-    means = evaluation.baseline_means(data, [5, 6, 7], seed=1)
+    means = evaluation.baseline_means(data, [5, 6, 7])
     ctrl, A, B = data.mean[0], (2 * data.mean[1] + 6 * data.mean[2]) / 8, data.mean[3]  # A's two labels by their cells
     non_ctrl = data.mean[1:5].mean(0)
     np.testing.assert_allclose(means["matching-mean"], [(A + B) / 2, (A + non_ctrl) / 2, non_ctrl])
@@ -128,7 +128,7 @@ def test_the_ridge_baseline_is_the_closed_form_with_the_penalty_that_validation_
 def test_the_ceiling_of_noiseless_cells_is_one_and_a_single_cell_has_none(evaluation):
     data = small_screen()
     data.X = sparse.csr_matrix(data.mean[data.cell_condition])
-    one, other = evaluation.halves(data, [5, 6, 7], seed=1)
+    one, other = evaluation.halves(data, [5, 6, 7], draw=1)
     np.testing.assert_allclose(one[:2], other[:2])
     np.testing.assert_allclose(one[:2], data.mean[[5, 6]])
     assert np.isnan(one[2]).all()
@@ -136,26 +136,43 @@ def test_the_ceiling_of_noiseless_cells_is_one_and_a_single_cell_has_none(evalua
 
 def test_the_halves_of_the_ceiling_are_all_cells_of_a_condition_once(evaluation):
     data = small_screen()
-    one, other = evaluation.halves(data, [5, 1], seed=3)  # 3 and 2 cells
+    one, other = evaluation.halves(data, [5, 1], draw=3)  # 3 and 2 cells
     np.testing.assert_allclose((2 * one[0] + other[0]) / 3, data.mean[5])
     np.testing.assert_allclose((one[1] + other[1]) / 2, data.mean[1])
 
 
-def test_the_verdict_says_in_words_what_the_numbers_say(evaluation):
-    def summary(**values):
-        return {(name.replace("_", "-"), "all", "pearson_delta_top20"): value for name, value in values.items()}
-    words = evaluation.verdict(summary(scgpt=(0.5, 0.1, 3), lang=(0.7, 0.05, 3), lang_shuffled=(0.69, 0.1, 3), non_ctrl_mean=(0.6, np.nan, 1),
-                                       ridge=(0.9, np.nan, 1)), ["scgpt", "lang", "lang-shuffled"], ["non-ctrl-mean", "ridge"])
-    assert "lang is the best trained model (0.700 ± 0.050)" in words and "above non-ctrl-mean (0.600; beyond the intervals)" in words
-    words_2 = evaluation.verdict(summary(scgpt=(0.5, 0.1, 3), lang=(0.4, 0.05, 3), lang_shuffled=(0.1, 0.1, 3), non_ctrl_mean=(0.6, np.nan, 1)),
-                                 ["scgpt", "lang", "lang-shuffled"], ["non-ctrl-mean"])
-    assert words_2.endswith(". lang (0.400 ± 0.050) is above lang-shuffled (0.100 ± 0.100; beyond the intervals).")
-    two = {(name, "all", "pearson_delta_top20"): (value, np.nan, 1) for name, value in (("non-ctrl-mean", 0.1), ("a,mode=avg", 0.5), ("a-shuffled,mode=avg", 0.6))}
-    words_3 = evaluation.verdict(two, ["a,mode=avg", "a-shuffled,mode=avg"], ["non-ctrl-mean"])
-    assert "a-shuffled,mode=avg is the best trained model" in words_3 and "above a,mode=avg (0.500; one seed, no interval)" in words_3
-    words_4 = evaluation.verdict(summary(scgpt=(0.5, np.nan, 1), lang=(0.7, 0.05, 3), non_ctrl_mean=(0.6, np.nan, 1)), ["scgpt", "lang"], ["non-ctrl-mean"])
-    assert "above scgpt (0.500; one seed, no interval)" in words_4 and "above non-ctrl-mean (0.600; beyond the intervals)" in words_4
-    assert "not above ridge (0.900; beyond the intervals)" in words and "above lang-shuffled (0.690 ± 0.100; within the intervals)" in words
+def verdict_of(evaluation, **models):
+    """The verdict on {name: (mean over seeds, half width, number of seeds, values of the conditions)}; an underscore for a hyphen."""
+    models = {name.replace("_", "-"): values for name, values in models.items()}
+    rows = [(name, 1, condition, "", "pearson_delta_top20", value) for name, (*_, values) in models.items() for condition, value in enumerate(values)]
+    summary = {(name, "all", metric): (mean, half, n) for name, (mean, half, n, _) in models.items() for metric in ("pearson_delta_top20", "mse_top20")}
+    baselines = [name for name in models if name in ("non-ctrl-mean", "ridge")]
+    return evaluation.verdict(rows, summary, [name for name in models if name not in baselines], baselines)
+
+
+def test_the_verdict_says_whether_the_best_model_beats_the_mean_its_control_and_the_best_baseline(evaluation):
+    words = verdict_of(evaluation, scgpt=(0.5, 0.1, 3, [0.5, 0.5]), lang=(0.7, 0.05, 3, [0.9, 0.5]), lang_shuffled=(0.69, 0.1, 3, [0.69, 0.69]),
+                       non_ctrl_mean=(0.6, np.nan, 1, [0.6, 0.6]), ridge=(0.9, np.nan, 1, [0.95, 0.85]))
+    assert ("the best trained model, lang (0.700 ± 0.050), beats the mean of the training perturbations, non-ctrl-mean (0.600; higher in 1 of 2 conditions, "
+            "beyond the intervals over seeds)") in words
+    assert "above lang-shuffled (0.690 ± 0.100; higher in 1 of 2 conditions, within the intervals" in words and "not above ridge (0.900; higher in 0 of 2" in words
+    assert "(lower is better): lang 0.700 ± 0.050, non-ctrl-mean 0.600." in words and "one seed" not in words
+
+
+def test_a_model_below_the_mean_does_not_beat_it_and_a_shuffled_control_is_never_the_best(evaluation):
+    words = verdict_of(evaluation, scgpt=(0.5, 0.1, 3, [0.5]), lang=(0.4, 0.05, 3, [0.4]), lang_shuffled=(0.7, 0.1, 3, [0.7]), non_ctrl_mean=(0.6, np.nan, 1, [0.6]))
+    assert "the best trained model, scgpt (0.500 ± 0.100), does NOT beat the mean of the training perturbations" in words
+    assert "lang (0.400 ± 0.050) is not above lang-shuffled (0.700 ± 0.100; higher in 0 of 1 conditions, beyond the intervals over seeds)" in words
+
+
+def test_intervals_are_spoken_of_only_where_both_have_seeds(evaluation):
+    words = verdict_of(evaluation, scgpt=(0.5, np.nan, 1, [0.5]), lang=(0.7, 0.05, 3, [0.7]), non_ctrl_mean=(0.6, np.nan, 1, [0.6]))
+    assert "above scgpt (0.500; higher in 1 of 1 conditions)" in words and "Models of one seed have no interval" in words
+
+
+def test_runs_of_one_name_with_different_options_are_no_seeds(evaluation):
+    runs = [SimpleNamespace(name=name, options=options) for name, options in (("a", {"lr": 1, "epochs": 2}), ("a", {"lr": 1, "epochs": 3}), ("b", {"lr": 1}), ("b", {"lr": 1}))]
+    assert evaluation.unlike(runs) == " The runs of a differ in epochs (2, 3): they are not seeds of one model."
 
 
 def test_every_baseline_and_the_ceiling_stand_in_the_report(results):
@@ -317,7 +334,8 @@ def test_perturbations_are_ranked_by_their_effect_and_pairs_by_their_distance_fr
         deltas = [change(results, row["model"], seed, genes) for seed in (42, 23)]
         assert float(row["effect_rms"]) == pytest.approx(np.mean([np.sqrt((d ** 2).mean()) for d in deltas]), rel=1e-4)
         if len(genes) == 2:
-            apart = [d - sum(change(results, row["model"], seed, [gene]) for gene in genes) for d, seed in zip(deltas, (42, 23))]
+            nothing = [change(results, row["model"], seed, []) for seed in (42, 23)]
+            apart = [d + n - sum(change(results, row["model"], seed, [gene]) for gene in genes) for d, n, seed in zip(deltas, nothing, (42, 23))]
             assert float(row["interaction_rms"]) == pytest.approx(np.mean([np.sqrt((a ** 2).mean()) for a in apart]), rel=1e-3)
         else:
             assert row["interaction_rms"] == ""
@@ -329,6 +347,18 @@ def test_predictions_of_perturbations_open_in_anndata_with_control_and_delta(pre
     assert table.shape == (4 * 4, 128) and {"condition", "model", "seed"} == set(table.obs) and "gene_name" in table.var
     np.testing.assert_allclose(table.layers["control"] + table.layers["delta"], table.X, rtol=1e-5)
     assert table.obs_names.is_unique and "05_eval.py" in table.uns["command"]
+
+
+def test_a_model_that_predicts_the_same_for_all_is_warned_of(results, tmp_path):
+    net = model.load(results.root / "runs/demo/scgpt/seed42/model.pt")
+    with torch.no_grad():
+        net.pert_encoder.weight.zero_()  # it does not see what is perturbed
+    model.save(net, tmp_path / "blind.pt")
+    (tmp_path / "data").symlink_to(results.root / "data")
+    done = run_script("05_eval.py", "--run", tmp_path / "blind.pt", "--predict", "DEMO001", "DEMO002", "DEMO003+DEMO004", "--controls", 4, root=tmp_path)
+    assert "warning: blind predicts nearly the same change for all of these (median correlation 1.000)" in done.stderr
+    ranked = list(csv.DictReader((tmp_path / "results/demo/predicted.csv").open(newline="")))
+    assert max(float(row["interaction_rms"] or 0) for row in ranked) < 1e-6 < min(float(row["effect_rms"]) for row in ranked)
 
 
 def test_every_perturbation_has_a_figure_as_long_as_they_are_few(predicted):
