@@ -43,6 +43,7 @@ SOURCES = ("ncbi", "ncbi+uniprot", "go_f", "go_c", "go_p", "go_all")
 GO_PREFIX = {"go_f": "Molecular Function", "go_c": "Cellular Component", "go_p": "Biological Process"}
 GO_ASPECT = {"F": "go_f", "C": "go_c", "P": "go_p"}
 PAPER_GO_RELEASE = "2024-01-17"
+HOSTED = ("norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe1_essential")  # cells that stage 03 can download
 
 BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations"
 RELEASED = {"ncbi": f"{BUCKET}/NCBI_summary_of_genes.json", "ncbi+uniprot": f"{BUCKET}/NCBI_UniProt_summary_of_genes.json"}
@@ -52,7 +53,10 @@ NCBI = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"
 UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv&fields=gene_primary,cc_function"
            "&query=%28organism_id%3A9606%29%20AND%20%28reviewed%3Atrue%29")
 
-PATIENCE = float(os.environ.get("SCGENEPT_PATIENCE", 1))  # scales the next three; below 1 to give up sooner
+PATIENCE = os.environ.get("SCGENEPT_PATIENCE", "1")  # scales the next three; below 1 to give up sooner
+if not re.fullmatch(r"\d{0,3}\.?\d{1,3}", PATIENCE) or not float(PATIENCE):
+    sys.exit(f"error: SCGENEPT_PATIENCE={PATIENCE}: expected a number above 0, as 0.5")
+PATIENCE = float(PATIENCE)
 TIMEOUT = 60 * PATIENCE     # seconds without a byte after which a connection counts as dead
 FIRST_WAIT = 1 * PATIENCE   # seconds before the second try; doubled before each one after it
 STALE = 10 * PATIENCE       # seconds after which a lock that nobody touches is that of a killed process
@@ -74,7 +78,8 @@ def run(main):
     try:
         main()
     except OSError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        words = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else " ".join(str(error).split())
+        sys.exit(f"error: {words}" + ("; another folder: --root DIR" if isinstance(error, PermissionError) else ""))
     except MemoryError:
         sys.exit("error: not enough memory")
     except (KeyboardInterrupt, RuntimeError, ImportError) as error:
@@ -96,8 +101,7 @@ def common_options(parser):
 
     parser.formatter_class, parser.error = argparse.RawDescriptionHelpFormatter, refuse
     parser.usage = "python %(prog)s [options]"  # short: the examples come first
-    parser.add_argument("--dataset", default="demo", help="demo, norman, adamson, dixit, replogle_k562_essential, "
-                        "replogle_rpe1_essential, or a name of your own (default: demo)")
+    parser.add_argument("--dataset", default="demo", help=f"demo, {', '.join(HOSTED)}, or a name of your own (default: demo)")
     parser.add_argument("--root", type=Path, default=Path("."), metavar="DIR",
                         help="the folder that holds data/, runs/ and results/ (default: the current folder)")
     parser.add_argument("--force", action="store_true", help="do it again even if the output is there")
@@ -124,10 +128,11 @@ def space_of(dataset):
 
 
 def fingerprint(path):
-    """SHA-256 of a file; of one over 256 MB its size and modification time."""
+    """SHA-256 of a file; of one over 256 MB its size and modification time, and the SHA-256 found when it was downloaded."""
     stat = os.stat(path)
     if stat.st_size > 256 * 2**20:
-        return f"size {stat.st_size} mtime {stat.st_mtime_ns}"
+        found = Path(f"{path}.sha256")  # see download
+        return f"size {stat.st_size} mtime {stat.st_mtime_ns}" + (f" sha256 {found.read_text(errors='replace')[:64]}" if found.exists() else "")
     return checksum(path, "sha256")
 
 
@@ -142,7 +147,9 @@ def checksum(path, algorithm):
 
 def made_from(options, inputs):
     """What decides an output, as JSON text: the options and the fingerprints of the input files."""
-    return json.dumps({"options": options, "inputs": {Path(p).name: fingerprint(p) for p in inputs}}, sort_keys=True)
+    names = [Path(p).name for p in inputs]
+    names = [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+    return json.dumps({"options": options, "inputs": dict(zip(names, map(fingerprint, inputs)))}, sort_keys=True)
 
 
 def provenance(made):
@@ -256,38 +263,78 @@ def save_figure(figure, path):
 
 
 def read_h5(path):
-    """An HDF5 file, open for reading. Raises OSError where HDF5 would read texts forever: at an entry without length in the heaps
-    ("GCOL" in HDF5's file format) that they lie in. Zeros in the place of a part of the file, as a broken copy has them, do that."""
-    arrays, heaps = [(os.path.getsize(path), 0)], []  # first and last byte of what is all numbers, and not looked at; the end of the file
+    """An HDF5 file, open for reading. Raises OSError for what HDF5 would read forever, or with gigabytes of memory: see check_texts."""
+    arrays = []  # first and last byte of what is all numbers, and not looked at
 
-    def note(_, item):
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf" and item.id.get_offset() is not None:  # in one piece
-            arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
+    def note(name, item):
+        if name.count("/") > 16:
+            raise OSError("groups within groups, deeper than any file of cells or texts has them")
+        if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+            raise OSError(f"the data of {name[:100]!r} lies in other files, which are not read")
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf":
+            if item.chunks:
+                item.id.chunk_iter(lambda chunk: arrays.append((chunk.byte_offset, chunk.byte_offset + chunk.size)))
+            elif item.id.get_offset() is not None:
+                arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
 
-    with h5py.File(path, "r") as file:
-        file.visititems(note)
-    with open(path, "rb") as file:
+    with contextlib.ExitStack() as stack, open(path, "rb") as file:
+        opened = stack.enter_context(h5py.File(path, "r"))
+        opened.visititems(note)
+        check_texts(file, arrays)
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            stack.pop_all()
+            return opened
+    return read_h5(path)  # another process put a new file there meanwhile
+
+
+def check_texts(file, arrays):
+    """Raise OSError for texts that HDF5 does not get over: they lie in heaps ("GCOL" in HDF5's file format), of which an entry without length
+    is read forever, and a reference to an entry makes it allocate whatever length it claims. Zeros in the place of a part of the
+    file, as a broken copy has them, are enough."""
+    n_bytes = os.fstat(file.fileno()).st_size
+
+    def outside(ranges):
+        """Yield the bytes outside of ranges [(first, last), ...] as (place in the file, bytes); pieces overlap by 16."""
         position = 0
-        for start, end in sorted(arrays):
+        for start, end in sorted([*ranges, (n_bytes, n_bytes)]):
             file.seek(position)
-            text = b""
+            piece = b""
             while position < start and (chunk := file.read(min(2**24, start - position))):
-                text = text[-7:] + chunk
+                piece = piece[-16:] + chunk
                 position += len(chunk)
-                heaps += [position - len(text) + match.start() for match in re.finditer(b"GCOL\1\0\0\0", text)]
+                yield position - len(piece), piece
             position = max(position, end)
-        for heap in heaps:
-            file.seek(heap + 8)
-            size = int.from_bytes(file.read(8), "little") - 16
-            entries = file.read(max(0, min(size, os.path.getsize(path) - heap)))
-            at = 0
-            while at + 16 <= len(entries):
-                index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
-                step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
-                if not 0 < step <= len(entries) - at:
-                    raise OSError(f"texts at byte {heap:,} without end")
-                at += step
-    return h5py.File(path, "r")
+
+    heaps = []  # first and last byte
+    for heap in sorted({place + match.start() for place, piece in outside(arrays) for match in re.finditer(b"GCOL\1", piece)}):
+        file.seek(heap + 8)
+        size = int.from_bytes(file.read(8), "little")
+        if 4096 <= size <= n_bytes - heap:  # HDF5 itself refuses others
+            heaps.append((heap, heap + size))
+    if sum(end - heap for heap, end in heaps) > 2 * n_bytes:
+        raise OSError("texts within texts")
+    for heap, end in heaps:
+        file.seek(heap + 16)
+        entries, at = file.read(end - heap - 16), 0
+        while at + 16 <= len(entries):
+            index, _, _, length = struct.unpack_from("<HHIQ", entries, at)
+            step = 16 + -(-length // 8) * 8 if index else length  # index 0: what is left over
+            if not 0 < step <= len(entries) - at:
+                raise OSError(f"texts at byte {heap:,} without end")
+            at += step
+
+    starts, ends = np.array(heaps, dtype=np.int64).reshape(-1, 2).T
+    for place, piece in outside([*arrays, *heaps]) if heaps else ():
+        for shift in range(min(8, len(piece) // 8)):  # a reference: length (4 bytes), heap (8), index in it (4)
+            numbers, words = (np.frombuffer(piece, dtype, (len(piece) - first) // size, first) for dtype, size, first in (("<i8", 8, shift), ("<u4", 4, shift % 4)))
+            at = np.flatnonzero((numbers >= starts[0]) & (numbers <= starts[-1]))
+            heap = np.searchsorted(starts, numbers[at])
+            word = at * 2 + shift // 4  # where the heap's address stands among the words
+            is_reference = (starts[heap] == numbers[at]) & (word > 0) & (word + 2 < len(words))
+            word, heap = word[is_reference], heap[is_reference]
+            wrong = word[(words[word - 1] > (ends - starts)[heap]) & (0 < words[word + 2]) & (words[word + 2] < 2**16)]
+            if len(wrong):
+                raise OSError(f"a text at byte {place + 4 * wrong[0]:,} that is longer than what it lies in")
 
 
 @contextlib.contextmanager
@@ -329,8 +376,6 @@ def find(group, name, path):
                 sys.exit(f"error: {path}: {name[:100]!r} is a link, and links are not followed; write the file anew without them")
             found = found[part]
         if isinstance(found, h5py.Dataset):
-            if found.is_virtual or found.external:
-                sys.exit(f"error: {path}: the data of {name[:100]!r} lies in other files, which are not read; write it anew as one")
             stored, chunk = found.id.get_storage_size(), math.prod(found.chunks or ()) * found.dtype.itemsize
             if found.nbytes > max(2**26, 1000 * stored) or chunk > 2**29:  # gzip packs zeros 1,000 times, and nothing better
                 sys.exit(f"error: {path}: {name[:100]!r} declares {found.nbytes / 1e6:,.0f} MB in chunks of {chunk / 1e6:,.0f} MB, "
@@ -357,13 +402,13 @@ def is_current(path, made, force, key="/"):
             old = file[key].attrs.get("made_from") if key in file else None
         words = difference(old, made) if old not in (None, made) else ""
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
-        print(f"{path}: not a whole HDF5 file, made again")
+        print(f"{path}: not a whole HDF5 file, making it again")
         return False
     label = "" if key == "/" else f" {key}"
     if old == made:
         print(f"{path}{label}: there already, from the same inputs and options (--force makes it again)")
     elif old is not None:
-        print(f"{path}{label}: stale, made again ({words})")
+        print(f"{path}{label}: stale, making it again ({words})")
     return old == made
 
 
@@ -395,6 +440,11 @@ def mirrored(url):
     return f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}" if mirror else url
 
 
+def address(url):
+    """The address that is asked, for a message: without the password that a mirror may have."""
+    return re.sub(r"//[^/@]*@", "//", mirrored(url))
+
+
 def request(url, path, read, headers=dict, params=None):
     """GET `url` and return `read(response)`, the response open for streaming.
 
@@ -419,15 +469,15 @@ def request(url, path, read, headers=dict, params=None):
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, ConnectionError,
                 urllib3.exceptions.HTTPError) as error:
             cause = cause_of(error)
-        except requests.RequestException as error:  # an address that cannot be, redirects without end
+        except (requests.RequestException, ValueError) as error:  # an address that cannot be, redirects without end
             cause, again = cause_of(error), False
         cause = without((params or {}).get("api_key", ""), cause)
         if not again or tries == TRIES or wait > LONGEST_WAIT:
             cause += f" (the server asks to wait {wait:,.0f} s)" if again and wait > LONGEST_WAIT else ""
             cause += "; the same command goes on from here" if again else ""
-            sys.exit(f"error: {mirrored(url)} -> {path}: {cause}")
+            sys.exit(f"error: {address(url)} -> {path}: {cause}")
         wait = max(wait, FIRST_WAIT * 2 ** (tries - 1))
-        print(f"{mirrored(url)}: {cause}; next try in {wait:.0f} s", file=sys.stderr)
+        print(f"{address(url)}: {cause}; next try in {wait:.0f} s", file=sys.stderr)
         time.sleep(wait)
 
 
@@ -447,9 +497,9 @@ def cause_of(error):
 def retry_after(response):
     """Seconds that a response's Retry-After header asks for: a number, or an HTTP date; 0 without one."""
     value = response.headers.get("Retry-After", "")
-    if value.isdigit():
+    if re.fullmatch("[0-9]{1,9}", value):
         return int(value)
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
     return 0
 
@@ -513,7 +563,7 @@ def download(url, path, size=None, sha256=None, md5=None):
     part, note, may_go_on = Path(f"{path}.part"), Path(f"{path}.part.json"), True
 
     def fail(cause):
-        sys.exit(f"error: {mirrored(url)} -> {path}: {cause}")
+        sys.exit(f"error: {address(url)} -> {path}: {cause}")
 
     def noted():
         """Of what .part is the beginning: the version as the server names it (or None), and the size in bytes (or None)."""
@@ -533,7 +583,7 @@ def download(url, path, size=None, sha256=None, md5=None):
         going_on = "Range" in response.request.headers
         start = part.stat().st_size if going_on and response.status_code == 206 else 0
         length = response.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdigit() else size
+        total = start + int(length) if re.fullmatch("[0-9]{1,30}", length) else size
         may_go_on &= not going_on or start > 0  # a server that did not go on once is not asked to again
         fits = response.headers.get("Content-Range", "").startswith(f"bytes {start}-") and noted()[1] in (None, total)
         if response.status_code == 416 or start and not fits:
@@ -705,6 +755,8 @@ def read_tsv(path):
 def read_released(path):
     """Genes and texts of a released JSON file: an object of symbol -> text."""
     texts = {gene: text for gene, text in read_json(path, str).items() if gene and text.strip()}
+    if not texts:
+        sys.exit(f"error: {path}: no gene with a text in it; {MEND}")
     return list(texts), list(texts.values()), None
 
 
@@ -789,13 +841,15 @@ def fetch_summaries(url, path):
         def read(response):
             try:
                 return take(response.json())
-            except (ValueError, KeyError, TypeError, AttributeError):  # an overload is reported in an answer of another form
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # an overload is reported in an answer of another form
                 raise ConnectionError("not the answer that was asked for") from None
         time.sleep(0.11 if key else 0.34)  # ten or three requests a second are allowed
         return request(f"{url}/{tool}.fcgi", path, read, params={**common, **params})
 
     def take_search(answer):
         found = answer["esearchresult"]
+        if int(found["count"]) < 1:
+            raise ValueError
         return int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
 
     def take_genes(answer):

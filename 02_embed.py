@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import io
 import json
+import lzma
 import math
 import os
 import re
@@ -177,9 +178,11 @@ def read_zip(path, name):
             member = next((m for m in archive.infolist() if m.filename.split("/")[-1] == name), None)
             if member is None:
                 sys.exit(f"error: {path}: no {name} in it")
+            if member.file_size > max(2**28, 100 * member.compress_size):  # packed numbers are half their size, no less
+                sys.exit(f"error: {path}: {name} in it declares to unpack to {member.file_size / 1e9:,.1f} GB, which no vectors do")
             with io.BufferedReader(archive.open(member), 2**16) as file:
                 return stack_vectors(path, read_vectors(f"{path}: {name}", file, member.file_size))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
         sys.exit(f"error: {path}: not a whole zip file ({error}); delete it and run again")
 
 
@@ -201,7 +204,7 @@ def stack_vectors(path, table):
 
 def new_dtype(code, *_):
     if code not in ("f2", "f4", "f8", "i4", "i8"):
-        raise ValueError(f"an array of dtype {code!r} is refused")
+        raise ValueError(f"an array of dtype {(code[:40] if isinstance(code, str) else type(code).__name__)!r} is refused")
     return [code, "<"]  # a list, since BUILD sets the byte order afterwards
 
 
@@ -367,7 +370,7 @@ def read_vectors(path, file, size):
         if not isinstance(table, dict):
             raise ValueError("no dict of vectors")
         return table
-    except (EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+    except (EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         gene = next((item for item in reversed(sum(outer, []) + stack) if isinstance(item, str)), None)
         reason = ("it ends in the middle" if isinstance(error, EOFError) else
                   "not a pickle of vectors" if isinstance(error, (LookupError, AttributeError)) else str(error))
@@ -417,7 +420,7 @@ def cached(cache, position):
                 if found:
                     idx, rows = zip(*found)
                     yield list(idx), batch["vectors"][list(rows)]
-        except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, LookupError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             sys.exit(f"error: {path}: damaged ({error}); delete it, and its texts are sent again")
 
 
@@ -432,7 +435,7 @@ def send(texts, model, base_url, batch_size, cache, dims):
         sys.exit("error: set the environment variable OPENAI_API_KEY, or name another server with --base-url")
     if not re.fullmatch(r"[!-~]*", key):  # such a key would be quoted in the HTTP library's error
         sys.exit("error: OPENAI_API_KEY holds blanks or letters that no key has")
-    client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=0)
+    client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=10 * stage01.TIMEOUT)  # of a slow server of one's own
     stop = threading.Event()
 
     def embed(batch):
@@ -500,12 +503,12 @@ def request(client, model, batch, key, stop):
                          "which usually ends in /v1")
             if (error.status_code < 500 and error.status_code not in (408, 409, 429)) or error.code == "insufficient_quota":
                 sys.exit(f"error: {client.base_url}: {reason}")
-        except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+        except (openai.OpenAIError, AttributeError, TypeError, ValueError, RecursionError) as error:
             sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({stage01.without(key, error)})")
-        if stop.is_set() or attempt == N_ATTEMPTS - 1:
+        if stop.is_set() or attempt == N_ATTEMPTS - 1 or wait > stage01.LONGEST_WAIT:
             break
-        wait = max(wait, 2 ** attempt / 2)
-        print(f"{client.base_url}: {reason}; next try in {wait:.0f} s", file=sys.stderr)
+        wait = max(wait, stage01.FIRST_WAIT * 2 ** attempt / 2)
+        sys.stderr.write(f"{client.base_url}: {reason}; next try in {wait:.0f} s\n")  # one write: other threads write, too
         stop.wait(wait)
     sys.exit(f"error: {client.base_url}: {reason}; the same command goes on from what is already on disk")
 
@@ -600,7 +603,7 @@ def options():
     args.embedder = args.embedder or ("lsa" if args.dataset == "demo" else "published")
     if not 1 <= args.batch_size <= MAX_INPUTS:
         sys.exit(f"error: --batch-size {args.batch_size}: from 1 to {MAX_INPUTS}")
-    if urllib.parse.urlsplit(args.base_url).scheme not in ("http", "https") or "@" in args.base_url or "?" in args.base_url:
+    if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[!-~]*)?", args.base_url, re.ASCII) or re.search("[@?#]", args.base_url):
         sys.exit("error: --base-url: expected http://host/v1 or https://host/v1, with no password in it")
     if args.embedder == "published" and args.dataset == "demo":
         sys.exit("error: nobody has published vectors for the demo's invented genes; use --embedder lsa or openai")
@@ -677,7 +680,8 @@ def main():
             draw(folder / f"sources.{embedder}.{args.mode}.png", f"{note}{embedder}, {args.mode}",
                  np.vstack([vectors for _, vectors, _ in read]), labels, "source")
     if not args.dry_run:
-        print("next: python 03_prepare_data.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}"))
+        print("next: python 03_prepare_data.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}")
+              + ("" if args.dataset in ("demo", *stage01.HOSTED) else " --h5ad FILE"))
 
 
 if __name__ == "__main__":

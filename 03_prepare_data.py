@@ -15,6 +15,7 @@ metric. X is read in blocks: memory holds the chosen genes, not the file.
 """
 import argparse
 import contextlib
+import difflib
 import importlib
 import lzma
 import re
@@ -44,6 +45,7 @@ N_TOP = 20  # differentially expressed genes that the metrics look at
 BLOCK = 2**23  # values of X in memory at a time while it is read: 64 MB as float32 and int32, several times that at work
 LARGEST_LOG = 50  # no logarithm of an expression comes near
 LONGEST_NAME = 10_000  # characters; no gene's name or condition's label comes near
+MOST_ENTRIES = 20_000_000  # of a column; no screen has so many cells
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +104,8 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
     """Conditions (P,) of the labels (L,) in the source, each cell's condition (-1: left out) from its label (-1: missing), and
     {condition: targets}. Collapses guides and leaves out conditions of few cells; says so."""
     genes = set(genes)
+    if args.target_regex and not any(re.fullmatch(args.target_regex, part) for label in labels for part in (label, *label.split(args.separator))):
+        sys.exit(f"error: --target-regex {args.target_regex!r} matches no guide of {source}, as {shown(labels, 3)}")
     targets = [parse_condition(label, args.control, args.separator, genes, args.target_regex, source) for label in labels]
     if args.target_regex:
         labels = collapse_guides(labels, targets, args.control)
@@ -183,7 +187,8 @@ def split_from_json(path, targets_of):
             split[label] = name
     for label in split:
         if label not in targets_of:
-            sys.exit(f"error: {path}: condition {label!r} has no cells (or is the control, which always joins the training cells)")
+            near = [f"{label}+ctrl"] * (f"{label}+ctrl" in targets_of) or difflib.get_close_matches(label, targets_of, 2)
+            sys.exit(f"error: {path}: {label!r} is no perturbed condition of the data" + (f"; did you mean {shown(near)}?" if near else ""))
     for label in targets_of:
         if label not in split:
             sys.exit(f"error: {path}: condition {label!r} of the data is in none of train, val and test")
@@ -362,41 +367,23 @@ def read_array(group, name, path, kinds):
     array of str; numbers then as they print. Ends the run for anything else."""
     array, where = find(group, name, path), f"{group.name.rstrip('/')}/{shown([name])}"
     with damage_in(path):
-        if not isinstance(array, h5py.Dataset) or array.ndim != 1 or array.nbytes > 2**29:
-            sys.exit(f"error: {path}: {where} is missing, no list, or one of over 500 MB; write the file anew with anndata 0.7 or later")
+        if not isinstance(array, h5py.Dataset) or array.ndim != 1:
+            sys.exit(f"error: {path}: {where} is missing, or no list; write the file anew with anndata 0.7 or later")
         is_string = h5py.check_string_dtype(array.dtype) is not None
+        if array.size > MOST_ENTRIES or array.nbytes > 2**29 or is_string and array.nbytes > max(2**24, 20 * array.id.get_storage_size()):
+            sys.exit(f"error: {path}: {where} has {array.size:,} entries: damaged, or made to fill the memory")
         if kinds == "text" and is_string:
-            check_lengths(array, path, where)
             values = array.asstr("utf-8")[:]
         elif array.dtype.kind in ("iufb" if kinds == "text" else kinds):
-            values = array[:].astype(str).astype(object) if kinds == "text" else array[:]
+            values = array[:]
+            if kinds == "text":  # few are different
+                distinct, of_value = np.unique(values, return_inverse=True)
+                values = distinct.astype(str).astype(object)[of_value]
         else:
             sys.exit(f"error: {path}: {where} holds {array.dtype}, expected {'text' if kinds == 'text' else 'numbers'}")
     if is_string and any("\0" in value or len(value) > LONGEST_NAME for value in values):
         sys.exit(f"error: {path}: {where} has a text with a NUL character or over {LONGEST_NAME:,} characters in it")
     return values
-
-
-def check_lengths(array, path, where):
-    """End the run for a text of absurd length in an HDF5 dataset of texts: the library would allocate up to 4 GB before it sees
-    that there is no such text. Reads the references as they lie in the file: 4 bytes of length, 12 of where the text is.
-    Packed ones (gzip) are left to their checksum."""
-    if array.dtype.kind != "O" or array.compression:
-        return
-    stored = array.id
-    if array.chunks:
-        chunks = [stored.get_chunk_info(i) for i in range(stored.get_num_chunks())]
-        pieces = [(chunk.byte_offset, chunk.size) for chunk in chunks]
-    else:
-        pieces = [(stored.get_offset(), stored.get_storage_size())]
-    with open(array.file.filename, "rb") as file:
-        for offset, size in pieces:
-            if offset is None:  # nothing stored, or within the header
-                continue
-            file.seek(offset)
-            lengths = np.frombuffer(file.read(size // 16 * 16), dtype=[("length", "<u4"), ("place", "V12")])["length"]
-            if lengths.max(initial=0) > 4 * LONGEST_NAME:  # bytes in UTF-8
-                sys.exit(f"error: {path}: {where} has a text over {LONGEST_NAME:,} characters in it, or is damaged")
 
 
 def attribute(item, path, *names):
@@ -742,7 +729,11 @@ def main():
                              "normalize": args.normalize, "n_genes": args.n_genes,
                              "split": "simulation" if args.split == "simulation" else "file",
                              "split_seed": args.split_seed, "vocab": "file" if vocab else "none"}, inputs)
+    sources = sorted({file.name.split(".")[0] for file in (args.root / "data" / shared.space_of(args.dataset) / "embeddings").glob("*.*.*.h5")})
+    variants = f" --variant scgpt scgenept_{sources[0]}" if sources and "go_all" not in sources else ""  # the default needs go_all
+    next_command = "next: python 04_train.py" + ("" if is_demo else f" --dataset {args.dataset}{'' if vocab else ' --no-pretrained'}{variants}")
     if shared.is_current(path, made, args.force):
+        print(next_command)
         return
 
     # Cells, conditions and their targets
@@ -794,8 +785,8 @@ def main():
     with shared.write_h5(path, made) as file:
         file.attrs.update({"dataset": args.dataset, "synthetic": is_demo, "control": args.control, "n_tokens": n_tokens, "pad_id": pad_id,
                            "vocab": "own genes" if vocab is None else shared.fingerprint(vocab_path)})
-        if source is not None and Path(f"{source}.sha256").exists():  # of a download without a known checksum
-            file.attrs["source_sha256"] = Path(f"{source}.sha256").read_text().split()[0]
+        if source and not args.h5ad and Path(f"{source}.sha256").exists():  # of a download without a known checksum
+            file.attrs["source_sha256"] = Path(f"{source}.sha256").read_text(errors="replace")[:64]
         group = file.create_group("X")
         group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array(X.shape)})
         group["data"], group["indices"], group["indptr"] = X.data, X.indices.astype(np.int32, copy=False), X.indptr
@@ -823,7 +814,7 @@ def main():
         print(f"{name}: {len(groups)} conditions" + "".join(f", {groups.count(g)} {g}" for g in sorted(set(groups)) if g))
     print(f"top {N_TOP} differentially expressed genes: " + ("computed (t-test against control)" if rankings is None else "the file's own rankings"))
     warn_of_targets(unmeasured, all_targets, measured, args)
-    print(f"wrote {path}\nnext: python 04_train.py" + ("" if is_demo else f" --dataset {args.dataset}{'' if vocab else ' --no-pretrained'}"))
+    print(f"wrote {path}\n{next_command}")
 
 
 if __name__ == "__main__":

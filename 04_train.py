@@ -528,8 +528,8 @@ def main():
     dataset_path = args.root / "data" / args.dataset / "dataset.h5"
     embeddings = embeddings_of(args.root / "data" / shared.space_of(args.dataset) / "embeddings")
     variants = [parse_variant(name, {*shared.SOURCES, *embeddings}) for name in args.variant]
-    files = [choose_embeddings(v, embeddings, args.embedder, args.mode, f"python 02_embed.py{of_dataset}") for v in variants]
     data = load_dataset(dataset_path, f"03_prepare_data.py{of_dataset}")
+    files = [choose_embeddings(v, embeddings, args.embedder, args.mode, f"python 02_embed.py{of_dataset}") for v in variants]
 
     # Sizes: scGPT's own, or of a network from scratch
     sizes = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in SCRATCH_SIZES.items()}
@@ -631,7 +631,7 @@ def is_to_be_trained(run, config, force, rank, n_processes):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             sys.exit(f"error: {path}: not a run's config.json; --force trains anew")
         if words:
-            sys.exit(f"error: {run} was trained otherwise ({words}); --force trains anew, or give another --root")
+            sys.exit(f"error: {run} was trained otherwise ({words}); --force trains anew; to keep both, copy data/ to another folder and give that as --root")
     if n_processes > 1:  # all look before one writes
         seen = [None] * n_processes
         dist.all_gather_object(seen, [file.exists() and shared.fingerprint(file) for file in (path, run / "state.pt")])

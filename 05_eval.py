@@ -152,7 +152,7 @@ def fetch_released(variant, dataset, folder):
     files = [file for of_variant, of_dataset, file in found if (of_variant, of_dataset) == (variant, dataset)]
     if not files:
         there = ", ".join(sorted({f"{of_variant} ({of_dataset})" for of_variant, of_dataset, _ in found}))
-        sys.exit(f"error: --run released:{variant}: {shared.mirrored(BUCKET)} lists no such model of {dataset}; there are: {there or 'none'}")
+        sys.exit(f"error: --run released:{variant}: {shared.address(BUCKET)} lists no such model of {dataset}; there are: {there or 'none'}")
     return [shared.download(BUCKET + urllib.parse.quote(f"{FINETUNED}{variant}/{dataset}/{file}"), folder / variant / dataset / file) for file in files]
 
 
@@ -458,11 +458,12 @@ def summarize(rows):
 
 
 def csv_text(header, rows):
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
+    lines = []
+    for row in (header, *rows):
+        line = io.StringIO()
+        csv.writer(line).writerow(row)  # with its own \r\n at the end, so that both are quoted within a name
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def number(mean, half_width, metric="pearson"):
@@ -770,8 +771,7 @@ def draw_perturbation(results, label, data, top, ctrl, predicted, conditions):
     axes.set_xticks(range(len(top)), data.genes[top], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_ylabel("expression of a cell less the control mean\n(log-normalized)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-    name = re.sub(r"[^A-Za-z0-9_+-]", "_", label)
-    shared.save_figure(figure, results / f"predicted_{name}.png")
+    shared.save_figure(figure, results / f"predicted_{urllib.parse.quote(label, safe='+')[:200]}.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ For a cell with genes g_1..g_L, expression c_1..c_L and flags p_1..p_L (1 = pert
 scGPT: Cui et al., Nature Methods 2024. scGenePT: Istrate, Li, Karaletsos, bioRxiv 2024, Eq. 1-8.
 """
 import os
+import zipfile
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -330,8 +331,10 @@ def load_released(path, n_heads=8):
     after their modules in the file (`genept_encoder`, `gopt_encoder_c`, ...). `<pad>` is the third row from the end, as
     in scGPT's vocabulary. Raises ValueError, naming the key, for one that is missing, unknown or of the wrong shape.
     """
-    state, languages = {}, {}
-    for key, value in _torch_names(_read(path)).items():
+    state, languages, file = {}, {}, _read(path)
+    if {"config", "state"} <= file.keys():
+        raise ValueError(f"{path}: a file of this kit, which `load` reads")
+    for key, value in _torch_names(file).items():
         module, _, rest = key.partition(".")
         if module == "cls_decoder":  # a head that no prediction reads
             continue
@@ -373,6 +376,11 @@ def _read(path):
     """The dict in a torch file, without running any code that the file might carry."""
     with open(path, "rb") as opened:
         try:
+            if zipfile.is_zipfile(opened):
+                with zipfile.ZipFile(opened) as archive:
+                    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                        raise ValueError("packed, which torch.save never does: it might unpack to more than the memory holds")
+            opened.seek(0)
             file = torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a broken or refused file
             raise ValueError(f"{path}: not a readable torch file of plain tensors ({next(iter(str(error).splitlines()), type(error).__name__)})") from None

@@ -60,7 +60,7 @@ def our_network(layers, vocabulary=N_TOKENS):
     """scGenePT with one language source, as stage 04 builds it for the CPU."""
     import numpy as np
     import model
-    n_rows, pad_id = min(N_GENES, vocabulary - 3), vocabulary - 3
+    n_rows, pad_id = min(N_GENES, vocabulary - 3) + 1, vocabulary - 3
     net = model.ScGenePT(model.Config(n_tokens=vocabulary, pad_id=pad_id, n_layers=layers, attention_dropout=0,
                                       languages={"go_c": D_LANGUAGE}, n_language_rows=n_rows))
     net.set_language(np.append(np.arange(n_rows - 1), pad_id), {"go_c": np.random.default_rng(0).random((n_rows, D_LANGUAGE), dtype=np.float32)})

@@ -224,7 +224,7 @@ def test_a_changed_download_makes_its_sources_stale(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
     (root / "data/human/raw/NCBI_summary_of_genes.json").write_text('{"TP53": "Gene Symbol TP53 changed"}')
     output = made(root, "--source", "ncbi", "go_c")
-    assert "ncbi: stale, made again (NCBI_summary_of_genes.json changed)" in output and "go_c: there already" in output
+    assert "ncbi: stale, making it again (NCBI_summary_of_genes.json changed)" in output and "go_c: there already" in output
     assert texts(root, "ncbi") == {"TP53": "Gene Symbol TP53 changed"} and "FOSB" in texts(root, "go_f")
 
 
@@ -233,7 +233,7 @@ def test_another_go_release_is_another_input(human, tmp_path):
     with Server({**VOCAB, CURRENT + "annotations/goa_human.gaf.gz": FILES[GAF],
                  CURRENT + "ontology/go-basic.obo": FILES[OBO]}) as server:
         output = made(root, "--source", "go_c", "--go-release", "current", server=server)
-    assert "go_c: stale, made again (go_release was 2024-01-17, now current" in output
+    assert "go_c: stale, making it again (go_release was 2024-01-17, now current" in output
 
 
 def test_a_go_release_is_a_date(tmp_path):
@@ -329,7 +329,7 @@ def test_a_damaged_output_is_made_again(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
     path = root / "data/human/annotations.h5"
     path.write_bytes(path.read_bytes()[:5000])
-    assert "not a whole HDF5 file, made again" in made(root, "--source", "ncbi")
+    assert "not a whole HDF5 file, making it again" in made(root, "--source", "ncbi")
     assert texts(root, "ncbi") == NCBI_TEXTS
 
 

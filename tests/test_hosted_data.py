@@ -121,7 +121,7 @@ def test_two_embedders_a_projection_a_released_model_and_another_method_stand_in
     with (hosted.root / "results/dixit/metrics.csv").open(newline="") as file:
         scored = {(row["model"], row["seed"]) for row in csv.DictReader(file)}
     assert scored >= {("other", ""), ("scgenept_ncbi+uniprot-released", "42"), *((name, "42") for name in names)}
-    assert "other is the best trained model" in said  # those are the measured means
+    assert "the best trained model, other (1.000)" in said  # those are the measured means
     assert "## By embedder" in report
     columns = next(line for line in report.splitlines() if line.startswith("| model") and "published" in line)
     assert [cell.strip() for cell in columns.strip("|").split("|")] == ["model", "published", "tiny"]

@@ -278,11 +278,16 @@ def test_labels_stay_as_in_the_source_unless_guides_are_collapsed(tmp_path):
 
 
 @pytest.mark.parametrize("label, options, advice", [("GENE0_GENE1", [], "--separator"),
-                                                    ("GENE1-sg2", ["--target-regex", "(.+)_g[0-9]+"], "--target-regex")])
+                                                    ("GENE1-sg2", [], "--target-regex")])
 def test_targets_that_look_like_pairs_or_guides_are_pointed_out(tmp_path, label, options, advice):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + [label] * 5, GENES)
     done, _ = run(tmp_path, path, *options)
     assert "warning" in done.stderr and label in done.stderr and advice in done.stderr
+
+
+def test_a_target_regex_that_matches_no_guide_is_an_error(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + ["GENE1-sg2"] * 5, GENES)
+    assert "'(.+)_g[0-9]+' matches no guide of" in error(tmp_path, path, "--target-regex", "(.+)_g[0-9]+")
 
 
 def test_conditions_of_few_cells_are_left_out_and_listed(tmp_path):
@@ -383,7 +388,7 @@ def test_an_option_that_changes_makes_the_output_stale(tmp_path, option):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + ["GENE5+ctrl"] * 5, GENES)
     run(tmp_path, path)
     done = run_script("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", *option, root=tmp_path, check=False)
-    assert "stale, made again" in done.stdout and option[0][2:].replace("-", "_") in done.stdout
+    assert "stale, making it again" in done.stdout and option[0][2:].replace("-", "_") in done.stdout
 
 
 @pytest.mark.parametrize("option, message", [(["--separator", ""], "--separator"), (["--target-regex", "(("], "not a regular expression"),
@@ -500,7 +505,7 @@ def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, chunks):
     assert content[start:start + 4] == len("GENE0").to_bytes(4, "little")
     content[start + 3] = 255
     path.write_bytes(content)
-    assert "has a text over 10,000 characters in it, or is damaged" in error(tmp_path, path)
+    assert "that is longer than what it lies in" in error(tmp_path, path)
 
 
 def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path):

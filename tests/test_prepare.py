@@ -86,7 +86,8 @@ def test_a_split_of_the_users_names_its_subgroups(prepare, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "not JSON"), ('{"train": []}', "expected"), ('{"train": ["A+ctrl"], "val": ["A+ctrl"], "test": []}', "'A\\+ctrl' stands twice"),
-    ('{"train": ["A+ctrl"], "val": ["Z+ctrl"], "test": []}', "'Z\\+ctrl' has no cells"),
+    ('{"train": ["A+ctrl"], "val": ["Z+ctrl"], "test": []}', "'Z\\+ctrl' is no perturbed condition of the data; did you mean A\\+ctrl"),
+    ('{"train": ["A"], "val": [], "test": []}', "'A' is no perturbed condition of the data; did you mean A\\+ctrl"),
     ('{"train": [], "val": [], "test": []}', "'A\\+ctrl' of the data is in none")])
 def test_a_bad_split_file_is_an_error_that_names_the_condition(prepare, tmp_path, content, message):
     path = tmp_path / "split.json"

@@ -407,11 +407,12 @@ def test_bad_options_are_one_line(root, args, message):
     assert message in error_of("04_train.py", *args, root=root)
 
 
-def test_vectors_that_are_not_there_name_the_command_that_makes_them(root):
-    error = error_of("04_train.py", "--variant", "scgenept_ncbi", "--dataset", "mine", root=root)
-    assert "run first: python 02_embed.py --dataset mine --source ncbi" in error
+def test_vectors_that_are_not_there_name_the_command_that_makes_them(root, demo):
+    assert "run first: python 03_prepare_data.py --dataset mine" in error_of("04_train.py", "--variant", "scgenept_ncbi", "--dataset", "mine", root=root)
     (root / "data").unlink()
-    assert "run first: python 02_embed.py --source go_all" in error_of("04_train.py", root=root)
+    (root / "data/mine").mkdir(parents=True)
+    (root / "data/mine/dataset.h5").write_bytes((demo / "data/demo/dataset.h5").read_bytes())
+    assert "run first: python 02_embed.py --dataset mine --source ncbi" in error_of("04_train.py", "--variant", "scgenept_ncbi", "--dataset", "mine", root=root)
 
 
 def test_a_broken_dataset_or_state_is_named(root, demo):
