@@ -264,10 +264,10 @@ def save_figure(figure, path):
 
 def read_h5(path):
     """An HDF5 file, open for reading. Raises OSError for what HDF5 would read forever, or with gigabytes of memory: see check_texts."""
-    arrays = []  # first and last byte of what is all numbers, and not looked at
+    n_bytes, arrays = os.path.getsize(path), []  # arrays: first and last byte of what is all numbers, and not looked at
 
     def note(name, item):
-        if name.count("/") > 16:
+        if str(name).count("/") > 16:
             raise OSError("groups within groups, deeper than any file of cells or texts has them")
         if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
             raise OSError(f"the data of {name[:100]!r} lies in other files, which are not read")
@@ -276,30 +276,42 @@ def read_h5(path):
                 item.id.chunk_iter(lambda chunk: arrays.append((chunk.byte_offset, chunk.byte_offset + chunk.size)))
             elif item.id.get_offset() is not None:
                 arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
+        elif isinstance(item, h5py.Dataset) and item.dtype.kind == "O":  # texts: references of 16 bytes, the first four the length
+            places, pieces = [], []
+            if item.chunks and item.compression in (None, "gzip"):
+                item.id.chunk_iter(lambda chunk: places.append(chunk.chunk_offset))
+                pieces = (item.id.read_direct_chunk(place)[1] for place in places)
+            elif item.id.get_offset() is not None:
+                file.seek(item.id.get_offset())
+                pieces = [file.read(min(item.nbytes, n_bytes))]
+            for piece in pieces:
+                if item.compression:
+                    piece = zlib.decompressobj().decompress(piece, 16 * math.prod(item.chunks))
+                first_bytes = np.frombuffer(piece[:len(piece) // 16 * 16], np.uint8)
+                first_bytes = (first_bytes.reshape(16, -1).T if item.shuffle else first_bytes.reshape(-1, 16))[:, :4]
+                if np.ascontiguousarray(first_bytes).view("<u4").max(initial=0) > n_bytes:
+                    raise OSError(f"a text in {name[:100]!r} that is longer than the file")
 
     with contextlib.ExitStack() as stack, open(path, "rb") as file:
         opened = stack.enter_context(h5py.File(path, "r"))
         opened.visititems(note)
-        check_texts(file, arrays)
+        check_texts(file, n_bytes, arrays)
         if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             stack.pop_all()
             return opened
     return read_h5(path)  # another process put a new file there meanwhile
 
 
-def check_texts(file, arrays):
+def check_texts(file, n_bytes, arrays):
     """Raise OSError for texts that HDF5 does not get over: they lie in heaps ("GCOL" in HDF5's file format), of which an entry without length
     is read forever, and a reference to an entry makes it allocate whatever length it claims. Zeros in the place of a part of the
     file, as a broken copy has them, are enough."""
-    n_bytes = os.fstat(file.fileno()).st_size
-
     def outside(ranges):
         """Yield the bytes outside of ranges [(first, last), ...] as (place in the file, bytes); pieces overlap by 16."""
         position = 0
         for start, end in sorted([*ranges, (n_bytes, n_bytes)]):
-            file.seek(position)
             piece = b""
-            while position < start and (chunk := file.read(min(2**24, start - position))):
+            while position < start and file.seek(position) >= 0 and (chunk := file.read(min(2**24, start - position))):
                 piece = piece[-16:] + chunk
                 position += len(chunk)
                 yield position - len(piece), piece
@@ -324,9 +336,17 @@ def check_texts(file, arrays):
             at += step
 
     starts, ends = np.array(heaps, dtype=np.int64).reshape(-1, 2).T
-    for place, piece in outside([*arrays, *heaps]) if heaps else ():
+    array_starts, array_ends = np.array(sorted(arrays) or [(n_bytes, n_bytes)], dtype=np.int64).T
+    for place, piece in outside([*arrays, *heaps]):
         for shift in range(min(8, len(piece) // 8)):  # a reference: length (4 bytes), heap (8), index in it (4)
             numbers, words = (np.frombuffer(piece, dtype, (len(piece) - first) // size, first) for dtype, size, first in (("<i8", 8, shift), ("<u4", 4, shift % 4)))
+            inside = np.unique(numbers[(numbers >= array_starts[0]) & (numbers < n_bytes)])
+            for number in inside[inside < array_ends[np.searchsorted(array_starts, inside, "right") - 1]]:
+                file.seek(number)
+                if file.read(4) == b"GCOL":
+                    raise OSError(f"texts amid numbers at byte {number:,}")
+            if not heaps:
+                continue
             at = np.flatnonzero((numbers >= starts[0]) & (numbers <= starts[-1]))
             heap = np.searchsorted(starts, numbers[at])
             word = at * 2 + shift // 4  # where the heap's address stands among the words

@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -271,6 +272,16 @@ def test_files_that_are_no_models_are_refused_and_run_no_code(content, load, tmp
     with pytest.raises(ValueError, match="file.pt"):
         load(path)
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("load", [model.load, model.load_released])
+def test_a_packed_file_is_refused_before_it_is_unpacked(load, tmp_path):
+    torch.save({"config": {}, "state": {"x": torch.zeros(10**6)}}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in whole.infolist():
+            packed.writestr(member.filename, whole.read(member))
+    with pytest.raises(ValueError, match="packed, which torch.save never does"):
+        load(tmp_path / "packed.pt")
 
 
 # --- elsewhere

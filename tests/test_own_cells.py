@@ -3,8 +3,10 @@ that are broken or made to do harm."""
 import json
 import os
 import random
+import re
 import tracemalloc
 import zipfile
+import zlib
 from types import SimpleNamespace
 
 import h5py
@@ -494,18 +496,71 @@ def test_zeros_among_the_texts_of_a_file_do_not_hang_the_run(tmp_path):
         assert "without end" in error(tmp_path, path)
 
 
-@pytest.mark.parametrize("chunks", [None, (10,)])
-def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, chunks):
+CLAIM = (0xFF000005).to_bytes(4, "little")  # the length that a reference to a text claims: 4 GB
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (10,)}, {"chunks": (30,), "compression": "gzip"}, {"chunks": (30,), "compression": "gzip", "shuffle": True}])
+def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, options):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
     with h5py.File(path, "a") as file:
-        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype(), chunks=chunks)
+        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype(), **options)
         index = file["var/_index"].id
-        start = index.get_chunk_info(0).byte_offset if chunks else index.get_offset()
-    content = bytearray(path.read_bytes())
-    assert content[start:start + 4] == len("GENE0").to_bytes(4, "little")
-    content[start + 3] = 255
-    path.write_bytes(content)
+        start = index.get_chunk_info(0).byte_offset if options else index.get_offset()
+        if "compression" in options:
+            references = bytearray(zlib.decompress(index.read_direct_chunk((0,))[1]))
+            references[90 if "shuffle" in options else 3] = 255
+            index.write_direct_chunk((0,), zlib.compress(references))
+    if "compression" not in options:
+        content = bytearray(path.read_bytes())
+        assert content[start:start + 4] == len("GENE0").to_bytes(4, "little")
+        content[start:start + 4] = CLAIM
+        path.write_bytes(content)
+    assert "a text in 'var/_index' that is longer than the file" in error(tmp_path, path)
+
+
+def test_an_attribute_that_claims_gigabytes_is_not_asked_for(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    with h5py.File(path, "a") as file:
+        file["X"].attrs["note"] = 77 * "x"
+    content = path.read_bytes()
+    references = [match.start() for match in re.finditer((77).to_bytes(4, "little"), content)
+                  if content[int.from_bytes(content[match.end():match.end() + 8], "little"):][:4] == b"GCOL"]
+    assert len(references) == 1
+    path.write_bytes(content[:references[0]] + CLAIM + content[references[0] + 4:])
     assert "that is longer than what it lies in" in error(tmp_path, path)
+
+
+def test_texts_without_end_that_lie_amid_numbers_are_not_read(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    with h5py.File(path, "a") as file:
+        file["uns/numbers"] = np.zeros(4096, "u1")
+        numbers = file["uns/numbers"].id.get_offset()
+        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype())
+        references = file["var/_index"].id.get_offset()
+    content = bytearray(path.read_bytes())
+    heap = int.from_bytes(content[references + 4:references + 12], "little")
+    content[numbers:numbers + 4096] = content[heap:heap + 216] + bytes(4096 - 216)
+    for i in range(30):
+        content[references + 16 * i + 4:references + 16 * i + 12] = numbers.to_bytes(8, "little")
+    path.write_bytes(content)
+    assert "texts amid numbers" in error(tmp_path, path)
+
+
+def test_groups_within_groups_without_end_are_not_walked(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    with h5py.File(path, "a") as file:
+        group = file.create_group("uns").id
+        for _ in range(2000):
+            group = h5py.h5g.create(group, b"a")
+    assert "groups within groups" in error(tmp_path, path)
+
+
+def test_a_column_of_more_entries_than_any_screen_has_cells_is_refused(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    with h5py.File(path, "a") as file:
+        replace(file, "obs/condition", shape=(30_000_000,), dtype=bool, chunks=(2**20,), compression="gzip")
+        file["obs/condition"][::2**19] = 1
+    assert "30,000,000 entries" in error(tmp_path, path)
 
 
 def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path):
