@@ -709,6 +709,7 @@ def predict_perturbations(args, data, runs, device, results):
         ("condition", "model", "n_seeds", "effect_rms", "interval", "interaction_rms", "top_genes"), ranked))
     shared.write_text(results / "predicted_genes.csv", csv_text(
         ("condition", "model", "gene", "control", "predicted", "delta", "interval", "measured_delta"), genes))
+
     def columns(keys):
         return {column: [key[i] for key in keys] for i, column in enumerate(("condition", "model", "seed"))}
 
@@ -898,7 +899,7 @@ def main():
                      for name, n in partial.items()) + unlike(runs)
     draw_split(results / "split.png", data, f"{args.dataset}{label}: conditions of the split")
     draw_bars(results / "subgroups.png", summary, models, trained, subgroups, f"{args.dataset}{label}: held-out perturbations\nmean over conditions and "
-              "seeds (grey: baselines); lines: 95% interval over seeds, cut at the edge")
+              "seeds (grey: baselines, of the ridge regressions the best); lines: 95% interval over seeds, cut at the edge")
     shared.write_text(results / "report.md", report(args, data, summary, models, trained, {CEILING, *partial}, subgroups, runs, ridge_files, words, len(genes)))
 
     shown = trained + [model for model in list(BASELINES)[:3] if model not in trained]
