@@ -266,6 +266,12 @@ def read_h5(path):
     """An HDF5 file, open for reading. Raises OSError for what HDF5 would read forever, or with gigabytes of memory: see check_texts."""
     n_bytes, arrays = os.path.getsize(path), []  # arrays: first and last byte of what is all numbers, and not looked at
 
+    def unpacked(item, left_out, piece):
+        try:
+            return zlib.decompressobj().decompress(piece, 16 * math.prod(item.chunks)) if item.compression and not left_out else piece
+        except zlib.error as error:
+            raise OSError(f"{item.name[:100]}: {error}") from None
+
     def note(name, item):
         if str(name).count("/") > 16:
             raise OSError("groups within groups, deeper than any file of cells or texts has them")
@@ -280,13 +286,11 @@ def read_h5(path):
             places, pieces = [], []
             if item.chunks and item.compression in (None, "gzip"):
                 item.id.chunk_iter(lambda chunk: places.append(chunk.chunk_offset))
-                pieces = (item.id.read_direct_chunk(place)[1] for place in places)
+                pieces = (unpacked(item, *item.id.read_direct_chunk(place)) for place in places)
             elif item.id.get_offset() is not None:
                 file.seek(item.id.get_offset())
                 pieces = [file.read(min(item.nbytes, n_bytes))]
             for piece in pieces:
-                if item.compression:
-                    piece = zlib.decompressobj().decompress(piece, 16 * math.prod(item.chunks))
                 first_bytes = np.frombuffer(piece[:len(piece) // 16 * 16], np.uint8)
                 first_bytes = (first_bytes.reshape(16, -1).T if item.shuffle else first_bytes.reshape(-1, 16))[:, :4]
                 if np.ascontiguousarray(first_bytes).view("<u4").max(initial=0) > n_bytes:

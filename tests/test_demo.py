@@ -28,7 +28,7 @@ def test_the_five_scripts_run_in_order_from_any_folder_and_language_beats_the_me
     assert "Pearson ? top 20" in again.stdout
 
 
-@pytest.mark.parametrize("stage, message", [("02_embed.py", "01_fetch_annotations.py"), ("04_train.py", "02_embed.py"), ("05_eval.py", "03_prepare_data.py")])
+@pytest.mark.parametrize("stage, message", [("02_embed.py", "01_fetch_annotations.py"), ("04_train.py", "03_prepare_data.py"), ("05_eval.py", "03_prepare_data.py")])
 def test_a_stage_run_before_its_predecessor_names_it(tmp_path, stage, message):
     done = run_process(stage, cwd=tmp_path, check=False)
     assert done.returncode == 1 and f"run first: python {message}" in done.stderr and "Traceback" not in done.stderr

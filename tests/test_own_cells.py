@@ -518,6 +518,14 @@ def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, options):
     assert "a text in 'var/_index' that is longer than the file" in error(tmp_path, path)
 
 
+def test_packed_texts_that_are_damaged_are_one_line(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
+    with h5py.File(path, "a") as file:
+        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype(), chunks=(30,), compression="gzip")
+        file["var/_index"].id.write_direct_chunk((0,), b"no zlib")
+    assert "cells.h5ad: not a whole HDF5 file, or a damaged one (/var/_index: " in error(tmp_path, path)
+
+
 def test_an_attribute_that_claims_gigabytes_is_not_asked_for(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
     with h5py.File(path, "a") as file:
