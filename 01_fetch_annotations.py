@@ -266,35 +266,25 @@ def read_h5(path):
     """An HDF5 file, open for reading. Raises OSError for what HDF5 would read forever, or with gigabytes of memory: see check_texts."""
     n_bytes, arrays = os.path.getsize(path), []  # arrays: first and last byte of what is all numbers, and not looked at
 
-    def unpacked(item, left_out, piece):
-        try:
-            return zlib.decompressobj().decompress(piece, 16 * math.prod(item.chunks)) if item.compression and not left_out else piece
-        except zlib.error as error:
-            raise OSError(f"{item.name[:100]}: {error}") from None
-
     def note(name, item):
         if str(name).count("/") > 16:
             raise OSError("groups within groups, deeper than any file of cells or texts has them")
-        if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+        if not isinstance(item, h5py.Dataset):
+            return
+        if item.is_virtual or item.external:
             raise OSError(f"the data of {name[:100]!r} lies in other files, which are not read")
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "iuf":
-            if item.chunks:
-                item.id.chunk_iter(lambda chunk: arrays.append((chunk.byte_offset, chunk.byte_offset + chunk.size)))
-            elif item.id.get_offset() is not None:
-                arrays.append((item.id.get_offset(), item.id.get_offset() + item.id.get_storage_size()))
-        elif isinstance(item, h5py.Dataset) and item.dtype.kind == "O":  # texts: references of 16 bytes, the first four the length
-            places, pieces = [], []
-            if item.chunks and item.compression in (None, "gzip"):
-                item.id.chunk_iter(lambda chunk: places.append(chunk.chunk_offset))
-                pieces = (unpacked(item, *item.id.read_direct_chunk(place)) for place in places)
-            elif item.id.get_offset() is not None:
-                file.seek(item.id.get_offset())
-                pieces = [file.read(min(item.nbytes, n_bytes))]
-            for piece in pieces:
-                first_bytes = np.frombuffer(piece[:len(piece) // 16 * 16], np.uint8)
-                first_bytes = (first_bytes.reshape(16, -1).T if item.shuffle else first_bytes.reshape(-1, 16))[:, :4]
-                if np.ascontiguousarray(first_bytes).view("<u4").max(initial=0) > n_bytes:
-                    raise OSError(f"a text in {name[:100]!r} that is longer than the file")
+        places = []  # first byte, bytes, mask of filters that were left out
+        if item.chunks:
+            item.id.chunk_iter(lambda chunk: places.append((chunk.byte_offset, chunk.size, chunk.filter_mask)))
+        elif item.id.get_offset() is not None:
+            places.append((item.id.get_offset(), item.id.get_storage_size(), 0))
+        if any(start + size > n_bytes for start, size, _ in places):
+            raise OSError(f"the data of {name[:100]!r} lies beyond the end of the file")
+        if item.dtype.kind in "iuf":
+            arrays.extend((start, start + size) for start, size, _ in places)
+        for start, size, left_out in places if item.dtype.kind == "O" and item.compression in (None, "gzip") else ():
+            file.seek(start)
+            check_references(item, file.read(size), left_out, n_bytes)
 
     with contextlib.ExitStack() as stack, open(path, "rb") as file:
         opened = stack.enter_context(h5py.File(path, "r"))
@@ -304,6 +294,20 @@ def read_h5(path):
             stack.pop_all()
             return opened
     return read_h5(path)  # another process put a new file there meanwhile
+
+
+def check_references(item, piece, left_out, n_bytes):
+    """Raise OSError where a reference to a text, 16 bytes of which the first four are its length, claims more than the file has. `piece` is a
+    chunk of a dataset of texts, or all of it, as it lies in the file."""
+    try:
+        if item.compression and not left_out:
+            piece = zlib.decompressobj().decompress(piece, 16 * math.prod(item.chunks))
+    except zlib.error as error:
+        raise OSError(f"{item.name[:100]}: {error}") from None
+    first_bytes = np.frombuffer(piece[:len(piece) // 16 * 16], np.uint8)
+    first_bytes = (first_bytes.reshape(16, -1).T if item.shuffle else first_bytes.reshape(-1, 16))[:, :4]
+    if np.ascontiguousarray(first_bytes).view("<u4").max(initial=0) > n_bytes:
+        raise OSError(f"a text in {item.name[:100]!r} that is longer than the file")
 
 
 def check_texts(file, n_bytes, arrays):

@@ -515,7 +515,7 @@ def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, options):
         assert content[start:start + 4] == len("GENE0").to_bytes(4, "little")
         content[start:start + 4] = CLAIM
         path.write_bytes(content)
-    assert "a text in 'var/_index' that is longer than the file" in error(tmp_path, path)
+    assert "a text in '/var/_index' that is longer than the file" in error(tmp_path, path)
 
 
 def test_packed_texts_that_are_damaged_are_one_line(tmp_path):
