@@ -971,7 +971,7 @@ def verdict(rows, summary, trained, baselines):
         """(whether the model is above the rival, how surely, in words)"""
         (a, half_a, n), (b, half_b, n_rival) = value(model), value(rival)
         wins = [np.mean(values) > np.mean(of_conditions[rival][condition]) for condition, values in of_conditions[model].items()]
-        words = f"{rival} ({number(b, half_b)}; higher in {sum(wins)} of {len(wins)} conditions"
+        words = f"{rival} ({number(b, half_b)}; beaten in {sum(wins)} of {len(wins)} conditions"
         if n > 1 and (n_rival > 1 or rival not in trained):
             words += f", {'beyond' if abs(a - b) > half_a + (0 if math.isnan(half_b) else half_b) else 'within'} the intervals over seeds"
         return a > b, words + ")"

@@ -154,21 +154,21 @@ def verdict_of(evaluation, **models):
 def test_the_verdict_says_whether_the_best_model_beats_the_mean_its_control_and_the_best_baseline(evaluation):
     words = verdict_of(evaluation, scgpt=(0.5, 0.1, 3, [0.5, 0.5]), lang=(0.7, 0.05, 3, [0.9, 0.5]), lang_shuffled=(0.69, 0.1, 3, [0.69, 0.69]),
                        non_ctrl_mean=(0.6, np.nan, 1, [0.6, 0.6]), ridge=(0.9, np.nan, 1, [0.95, 0.85]))
-    assert ("the best trained model, lang (0.700 ± 0.050), beats the mean of the training perturbations, non-ctrl-mean (0.600; higher in 1 of 2 conditions, "
+    assert ("the best trained model, lang (0.700 ± 0.050), beats the mean of the training perturbations, non-ctrl-mean (0.600; beaten in 1 of 2 conditions, "
             "beyond the intervals over seeds)") in words
-    assert "above lang-shuffled (0.690 ± 0.100; higher in 1 of 2 conditions, within the intervals" in words and "not above ridge (0.900; higher in 0 of 2" in words
+    assert "above lang-shuffled (0.690 ± 0.100; beaten in 1 of 2 conditions, within the intervals" in words and "not above ridge (0.900; beaten in 0 of 2" in words
     assert "(lower is better): lang 0.700 ± 0.050, non-ctrl-mean 0.600." in words and "one seed" not in words
 
 
 def test_a_model_below_the_mean_does_not_beat_it_and_a_shuffled_control_is_never_the_best(evaluation):
     words = verdict_of(evaluation, scgpt=(0.5, 0.1, 3, [0.5]), lang=(0.4, 0.05, 3, [0.4]), lang_shuffled=(0.7, 0.1, 3, [0.7]), non_ctrl_mean=(0.6, np.nan, 1, [0.6]))
     assert "the best trained model, scgpt (0.500 ± 0.100), does NOT beat the mean of the training perturbations" in words
-    assert "lang (0.400 ± 0.050) is not above lang-shuffled (0.700 ± 0.100; higher in 0 of 1 conditions, beyond the intervals over seeds)" in words
+    assert "lang (0.400 ± 0.050) is not above lang-shuffled (0.700 ± 0.100; beaten in 0 of 1 conditions, beyond the intervals over seeds)" in words
 
 
 def test_intervals_are_spoken_of_only_where_both_have_seeds(evaluation):
     words = verdict_of(evaluation, scgpt=(0.5, np.nan, 1, [0.5]), lang=(0.7, 0.05, 3, [0.7]), non_ctrl_mean=(0.6, np.nan, 1, [0.6]))
-    assert "above scgpt (0.500; higher in 1 of 1 conditions)" in words and "Models of one seed have no interval" in words
+    assert "above scgpt (0.500; beaten in 1 of 1 conditions)" in words and "Models of one seed have no interval" in words
 
 
 def test_runs_of_one_name_with_different_options_are_no_seeds(evaluation):
