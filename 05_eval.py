@@ -137,7 +137,6 @@ PAPER_BY_SUBGROUP = """
         random                 0.397 ± 0.04 | 0.771 ± 0.06 | 0.630 ± 0.01 | 0.619 ± 0.00
         non-ctrl-mean          0.397 ± 0.00 | 0.741 ± 0.00 | 0.656 ± 0.00 | 0.640 ± 0.00"""
 PAPER_SUBGROUPS = ("unseen_single", "combo_seen0", "combo_seen1", "combo_seen2")
-COLORS = shared.COLORS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,8 +339,13 @@ def write_cells(path, made, blocks, obs, data):
 # ---------------------------------------------------------------------------------------------------------------------
 # Baselines
 
-def baseline_means(data, conditions, draw=0):
-    """Mean profiles that the baselines predict for each condition: {name: (conditions, G)}. Only `random` depends on `draw`."""
+def random_means(data, conditions, draw):
+    """The profile of one training perturbation drawn at random for each condition: (conditions, G)."""
+    return data.mean[np.random.default_rng([draw, 5]).choice(np.flatnonzero(data.split == "train"), len(conditions))]
+
+
+def baseline_means(data, conditions):
+    """Mean profiles that the baselines without chance predict for each condition: {name: (conditions, G)}."""
     trained = np.flatnonzero(data.split == "train")
     ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
@@ -354,9 +358,7 @@ def baseline_means(data, conditions, draw=0):
     profile_of = {target: sum_of[target] / cells_of[target] for target in sum_of}
     non_ctrl = data.mean[trained].mean(0, dtype=np.float64)
     parts = [data.targets[condition][data.targets[condition] >= 0] for condition in conditions]
-    drawn = np.random.default_rng([draw, 5]).choice(trained, len(conditions))
     return {"non-ctrl-mean": np.tile(non_ctrl, (len(conditions), 1)),
-            "random": data.mean[drawn],
             "no-change": np.tile(ctrl, (len(conditions), 1)),
             "matching-mean": np.stack([np.mean([profile_of.get(t, non_ctrl) for t in targets], axis=0) for targets in parts]),
             "additive": np.stack([ctrl + sum(profile_of.get(t, ctrl) - ctrl for t in targets) for targets in parts])}
@@ -528,8 +530,8 @@ def draw_bars(path, summary, models, trained, subgroups, title):
         for i, model in enumerate(models):
             means, halves_ = np.array([summary.get((model, group, metric), (np.nan, np.nan))[:2] for group in subgroups]).T
             style = ({"color": "white", "edgecolor": "black"} if model == CEILING else {"color": str(0.3 + 0.6 * others.index(model) / len(others))}
-                     if model in others else {"color": COLORS[trained.index(model) % len(COLORS)], "edgecolor": "white",
-                                              "hatch": ("", "//", "..", "xx")[trained.index(model) // len(COLORS) % 4]})
+                     if model in others else {"color": shared.COLORS[trained.index(model) % len(shared.COLORS)], "edgecolor": "white",
+                                              "hatch": ("", "//", "..", "xx")[trained.index(model) // len(shared.COLORS) % 4]})
             axes.bar(np.arange(len(subgroups)) + (i - (len(models) - 1) / 2) * 0.85 / len(models), means, 0.8 / len(models), label=model,
                      yerr=None if np.isnan(halves_).all() else halves_, capsize=2, error_kw={"lw": 1}, **style)
         low, high = axes.get_ylim()  # intervals over two seeds may run far beyond what can be
@@ -554,7 +556,7 @@ def draw_split(path, data, title):
     figure = shared.new_figure(6.5, 0.6 + 0.35 * len(groups), title)
     axes = figure.subplots()
     counts = [((data.split == split) & (data.subgroup == group)).sum() for split, group in groups]
-    bars = axes.barh(range(len(groups)), counts, color=[COLORS[("train", "val", "test").index(split)] for split, _ in groups])
+    bars = axes.barh(range(len(groups)), counts, color=[shared.COLORS[("train", "val", "test").index(split)] for split, _ in groups])
     axes.bar_label(bars, padding=3)
     axes.set_yticks(range(len(groups)), [f"{split} {group.replace('_', ' ')}".strip() for split, group in groups])
     axes.invert_yaxis()
@@ -862,9 +864,8 @@ def main():
                 raise ValueError("X is not a finite profile for each test condition")
             profiles.append((run.name, run.seed, file["X"][:], true))
     profiles += [(name, "", means, true) for name, means in external]
-    for name, means in baseline_means(data, tested).items():
-        draws = {draw: baseline_means(data, tested, draw)[name] for draw in range(N_DRAWS)} if name == "random" else {"": means}
-        profiles += [(name, draw, means[:, genes], true) for draw, means in draws.items()]
+    profiles += [(name, "", means[:, genes], true) for name, means in baseline_means(data, tested).items()]
+    profiles += [("random", draw, random_means(data, tested, draw)[:, genes], true) for draw in range(N_DRAWS)]
     ridge_files = {source: found.get(("published", "concat")) or next(iter(found.values())) for source, found in embeddings.items()}
     for source, path in ridge_files.items():
         means = ridge_means(data, tested, path)

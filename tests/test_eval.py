@@ -72,7 +72,7 @@ def test_scores_of_models_and_baselines_are_those_of_a_loop_with_scipy(results):
 
 def test_the_random_baseline_is_the_profile_of_one_training_perturbation_drawn_ten_times(results, evaluation):
     data, tested = results.data, np.flatnonzero(results.data.split == "test")
-    draws = {seed: evaluation.baseline_means(data, tested, seed)["random"] for seed in (42, 23)}
+    draws = {seed: evaluation.random_means(data, tested, seed) for seed in (42, 23)}
     trained = {tuple(row) for row in data.mean[data.split == "train"]}
     assert all(tuple(row) in trained for draw in draws.values() for row in draw) and not np.array_equal(draws[42], draws[23])
     assert len({tuple(row) for row in draws[42]}) > 10

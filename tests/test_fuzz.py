@@ -356,7 +356,7 @@ def test_a_dataset_is_read_or_refused_and_one_that_is_read_can_be_trained_on(scr
         data = read_or_refused(lambda: scripts[4].load_dataset(damaged_copy("data/mine/dataset.h5", rng), "03"))
         if data is not None:
             tested = np.flatnonzero(data.split == "test")
-            for means in (*scripts[5].baseline_means(data, tested, 1).values(), *scripts[5].halves(data, tested, 1)):
+            for means in (*scripts[5].baseline_means(data, tested).values(), scripts[5].random_means(data, tested, 1), *scripts[5].halves(data, tested, 1)):
                 assert means.shape == (len(tested), len(data.genes))
             cells = np.arange(len(data.cell_condition))
             for batch, genes in scripts[4].batches(data, cells, 32, 20, np.random.default_rng(0), True):
