@@ -1,37 +1,43 @@
 """Stage 03: cells, split, differential expression -> data/<dataset>/dataset.h5
 
-    python 03_prepare_data.py                                   the demo: a simulated Perturb-seq screen, no network
+    python 03_prepare_data.py                                   the demo: a simulated Perturb-seq screen, no internet
     python 03_prepare_data.py --dataset norman                  GEARS' file, downloaded to data/norman/ (169 MB)
-    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --condition-key perturbation --control NT
-    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --normalize --n-genes 5000 --min-cells 20      from raw counts
-    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --separator _ --target-regex '(.+)g[0-9]+'     KLF1g2_MAP2K6g1
-    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --split split.json      {"train": [...], "val": [...], "test": [...]}
-    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --vocab none            for stage 04 --no-pretrained
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --condition-key perturbation --control 'NT-*'
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --normalize --n-genes 5000 --min-cells 20      raw counts
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --layer counts --normalize      raw counts in a layer
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --separator _ --target-regex '(.+)g[0-9]+'
+                                                                KLF1g2_MAP2K6g1: guides of one gene become one target
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --split split.json
+                                                                {"train": [label, ...], "val": [...], "test": [...]}
+    python 03_prepare_data.py --dataset mine --h5ad mine.h5ad --vocab none      for stage 04 --no-pretrained
 
-Reads any AnnData file (X dense, CSR or CSC), or a zip of GEARS' with one in it. A condition is a label such as `ctrl`,
-`KLF1+ctrl`, `ctrl+KLF1` or `KLF1+MAP2K6`. X has to be log-normalized expression; raw counts are normalized with --normalize. A
-target that the data does not measure joins as a gene with expression 0, so that it can be flagged; it never counts in a loss or a
-metric. X is read in blocks: memory holds the chosen genes, not the file.
+Reads any AnnData file (X dense, CSR or CSC; also gzipped, or in a zip such as GEARS'). A condition is what one label of
+the cells stands for: the control (`ctrl`), one target (`KLF1+ctrl`) or several (`KLF1+MAP2K6`). X has to be
+log-normalized expression, or raw counts with --normalize. A target that the data does not measure joins as a gene with
+expression 0, so that it can be flagged as perturbed; it never counts in a loss or a metric.
 """
 import argparse
-import contextlib
 import difflib
+import fnmatch
+import gzip
 import importlib
-import lzma
 import re
+import shlex
 import shutil
 import sys
-import tempfile
-import time
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
+from scipy import sparse
+from tqdm import tqdm
 
 shared = importlib.import_module("01_fetch_annotations")
-find, damage_in = shared.find, shared.damage_in
+shown = shared.shown
 
 DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile/"
 DATASETS = {  # GEARS' hosted data: address, and where known the bytes of the zip and the SHA-256 of the h5ad in it
@@ -41,105 +47,199 @@ DATASETS = {  # GEARS' hosted data: address, and where known the bytes of the zi
     "replogle_k562_essential": (DATAVERSE + "7458695", None, None),
     "replogle_rpe1_essential": (DATAVERSE + "7458694", None, None),
 }
-N_TOP = 20  # differentially expressed genes that the metrics look at
-BLOCK = 2**23  # values of X in memory at a time while it is read: 64 MB as float32 and int32, several times that at work
-LARGEST_LOG = 50  # no logarithm of an expression comes near
-LONGEST_NAME = 10_000  # characters; no gene's name or condition's label comes near
-MOST_ENTRIES = 20_000_000  # of a column; no screen has so many cells
+CONTROL = "ctrl"   # what control cells are called from here on, whatever the source calls them
+N_TOP = 20         # differentially expressed genes that the metrics look at
+MOST_TARGETS = 10  # of one condition; a label of more parts is no perturbation but a list
+BLOCK = 2**23      # values of X in memory at a time while it is read
+USUAL_LOG, LARGEST_LOG = 15, 50  # log-normalized expression stays below the first; nothing logarithmic reaches the second
+
+# Labels of other screens' control cells (whole names, in capitals or not), and of cells whose perturbation is not known
+LOOKS_LIKE_CONTROL = re.compile(
+    r"(sg|g)?(ctrl|control|ntc?|neg[ ._-]?(ctrl|control)?|negative[ ._-]?(ctrl|control)|(non|no)[ ._-]?target(ing)?"
+    r"|safe[ ._-]?(target(ing)?|harbou?r)|intergenic|scrambled?|aavs1|unperturbed|untreated|mock)"
+    r"([ ._-]?(ctrl|control|guide|sgrna|grna|cells?)s?)?([ ._-]?[a-z]?\d+)*", re.IGNORECASE)
+MEANS_UNKNOWN = re.compile(
+    r"|\*|nan?|n/a|none|null|unassigned|unknown|undetermined|unmapped|multiplets?|doublets?|multiple|ambiguous|negative",
+    re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Conditions and the split
+# Conditions: what the labels of the cells stand for
 
-def shown(names, most=8):
-    """The first names of a list, for a message: in one line and not too long, whatever characters they are made of."""
-    return ", ".join(repr(str(name)[:100])[1:-1] for name in names[:most]) + (", ..." if len(names) > most else "")
+def is_named(name, patterns):
+    """Whether a label, or a part of one, is among these names and shell patterns (`NT-*`)."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def parse_condition(label, control="ctrl", separator="+", genes=(), target_regex=None, source="labels"):
-    """Targets of a condition label: `A+B` -> [A, B], `A+ctrl` and `ctrl+A` -> [A], `ctrl` -> []. Ends the run otherwise.
+def parse_condition(label, rules):
+    """The targets that a label stands for, in its order: `A+B` -> [A, B], `A+ctrl` -> [A], the control -> [].
 
-    A separator within the name of the control or of one of `genes` does not separate: with `-`, `HLA-A-KLF1` is HLA-A and
-    KLF1. Where target_regex matches the whole of a guide's name, its first group is the target: `KLF1_g2` -> KLF1.
+    rules: control (list of names and patterns), separator, target_regex (or None), genes (set), upper_case (bool).
+    A separator within the name of a gene does not separate: with `-`, `HLA-A-KLF1` is HLA-A and KLF1. The regular
+    expression is tried on the whole label first, then on its parts; its groups are the targets.
+    Raises ValueError, saying what is wrong with the label.
     """
-    def target_of(name):
-        match = re.fullmatch(target_regex, name) if target_regex else None
-        return match[1] or "" if match else name
-
-    def refuse():
-        sys.exit(f"error: {source}: condition {shown([label])!r}: expected {control!r}, a target, TARGET{separator}{control}, or different "
-                 f"targets joined by {separator!r} (labels of another form: --control, --separator, --target-regex)")
-
-    parts = label.split(separator)
-    if len(parts) > 100 or not all(part and part == part.strip() for part in parts):
-        refuse()
-    names = []
-    while parts:  # the longest name known that the rest begins with, else its first part
-        candidates = [target_of(separator.join(parts[:n])) for n in range(len(parts), 0, -1)]
-        i = next((i for i, name in enumerate(candidates) if name == control or name in genes), len(parts) - 1)
-        names.append(candidates[i])
-        del parts[:len(candidates) - i]
-    targets = [name for name in names if name != control]
-    if target_regex:  # two guides of one gene are one target, the order of guides means nothing
-        return sorted(set(targets)) if all(targets) else refuse()
-    if names != [control] and not targets or len(set(targets)) < len(targets):
-        refuse()
+    label = label.strip()
+    names = [label] if is_named(label, rules.control) else split_label(label, rules)
+    if not all(names):
+        raise ValueError(f"a part between {rules.separator!r} is empty")
+    targets = [name for name in names if name != CONTROL and not is_named(name, rules.control)]
+    if rules.upper_case:
+        targets = [target.upper() for target in targets]
+    if rules.target_regex:  # two guides of one gene are one target
+        targets = list(dict.fromkeys(targets))
+    if len(targets) > MOST_TARGETS:
+        raise ValueError(f"{len(targets)} targets; leave such cells out with --drop")
+    if len(set(targets)) < len(targets):
+        raise ValueError("a target stands twice")
     return targets
 
 
-def collapse_guides(labels, targets, control):
-    """The labels with guides collapsed, written as the control's label, TARGET+ctrl or A+B; prints what became one."""
-    conditions = [control if not t else f"{t[0]}+ctrl" if len(t) == 1 else "+".join(t) for t in targets]
-    labels_of = {}
-    for label, condition in zip(labels, conditions):
-        labels_of.setdefault(condition, []).append(label)
-    examples = [f"{' and '.join(of[:3])}{' and more' if len(of) > 3 else ''} to {condition}"
-                for condition, of in labels_of.items() if len(of) > 1]
-    print(f"--target-regex: {len(labels):,} labels collapsed to {len(labels_of):,}: "
-          f"{shown(examples, 5) or 'no two have the same targets'}")
-    return conditions
+def split_label(label, rules):
+    """The names in a label: what the regular expression finds in all of it, or its parts."""
+    if rules.target_regex:
+        match = re.fullmatch(rules.target_regex, label)
+        groups = [group.strip() for group in match.groups() if group] if match else []
+        if groups and not any(rules.separator in group for group in groups):
+            return groups
+
+    def name_of(part):
+        match = re.fullmatch(rules.target_regex, part) if rules.target_regex else None
+        return next(filter(None, match.groups()), "") if match else part
+
+    pieces = [piece.strip() for piece in label.split(rules.separator)]
+    if len(pieces) > 10 * MOST_TARGETS:
+        raise ValueError(f"{len(pieces)} parts; leave such cells out with --drop")
+    names = []
+    while pieces:  # take the most pieces that make a known name, or else one
+        for n in range(len(pieces), 0, -1):
+            name = name_of(rules.separator.join(pieces[:n]))
+            if name in rules.genes or name == CONTROL or is_named(name, rules.control):
+                break
+        names.append(name)
+        del pieces[:n]
+    return names
+
+
+def condition_name(label, targets):
+    """The name of a condition: the label itself where it is in GEARS' form (`ctrl`, `A+ctrl`, `ctrl+A`, `A+B`), which keeps
+    the paper's labels as they are; else `ctrl`, `A+ctrl`, or the targets in alphabetical order, joined by +."""
+    parts = label.strip().split("+")
+    padding = [CONTROL] if len(targets) < 2 else []
+    if sorted(parts) == sorted(targets + padding):
+        return label.strip()
+    return "+".join(sorted(targets) + padding)
+
+
+def read_labels(labels, n_cells, rules, drop, source):
+    """What each distinct label stands for: {label: targets}, without those that mean that nothing is known.
+
+    n_cells: {label: number of cells}; drop: names and patterns of --drop, None without the option. Ends the run with all
+    the labels that cannot be read.
+    """
+    targets_of, problems, dropped = {}, [], []
+    for label in labels:
+        is_unknown = MEANS_UNKNOWN.fullmatch(label.strip()) and not is_named(label, rules.control) and drop != []
+        if is_unknown or is_named(label, drop or []):
+            dropped.append(f"{label} ({n_cells[label]:,})")
+            continue
+        try:
+            targets_of[label] = parse_condition(label, rules)
+        except ValueError as error:
+            problems.append(f"{label[:60]!r} ({error})")
+    if dropped:
+        print(f"left out, with their numbers of cells: {shown(dropped, 20)}"
+              + ("" if drop else " (--drop without a name keeps them)"))
+    if problems:
+        sys.exit(f"error: {source}: {len(problems):,} of {len(labels):,} labels are no condition: {shown(problems, 10)}; "
+                 "see --control, --drop, --separator, --target-regex")
+
+    names = dict.fromkeys(target for targets in targets_of.values() for target in targets)
+    controls = [name for name in names if name not in rules.genes and LOOKS_LIKE_CONTROL.fullmatch(name)]
+    if controls:
+        named = [name for name in rules.control if name != CONTROL] + controls
+        sys.exit(f"error: {source}: {shown(controls)} look like controls; name all controls (--control "
+                 f"{shlex.join(named[:8])}; patterns such as 'NT*' will do), or leave those out with --drop")
+    return targets_of
 
 
 def choose_conditions(labels, label_of_cell, genes, args, source):
-    """Conditions (P,) of the labels (L,) in the source, each cell's condition (-1: left out) from its label (-1: missing), and
-    {condition: targets}. Collapses guides and leaves out conditions of few cells; says so."""
-    genes = set(genes)
-    if args.target_regex and not any(re.fullmatch(args.target_regex, part) for label in labels for part in (label, *label.split(args.separator))):
-        sys.exit(f"error: --target-regex {args.target_regex!r} matches no guide of {source}, as {shown(labels, 3)}")
-    targets = [parse_condition(label, args.control, args.separator, genes, args.target_regex, source) for label in labels]
-    if args.target_regex:
-        labels = collapse_guides(labels, targets, args.control)
-    targets_of = dict(zip(labels, targets))
-    row = {label: i for i, label in enumerate(targets_of)}
-    cell_condition = np.array([row[label] for label in labels] + [-1])[label_of_cell]  # a missing label takes the last: -1
-    if (cell_condition < 0).any():
-        print(f"{(cell_condition < 0).sum():,} of {len(cell_condition):,} cells have no {args.condition_key}: left out")
+    """Conditions (P,), each cell's condition (cells,; -1: left out), and {condition: targets}.
 
-    conditions = np.array(list(targets_of), dtype=object)
-    n_cells = np.bincount(cell_condition[cell_condition >= 0], minlength=len(conditions))
-    if args.control not in row:
-        most = conditions[np.argsort(-n_cells, kind="stable")]
-        sys.exit(f"error: {source}: no condition {args.control!r}; name the control label with --control (the labels with most cells "
-                 f"are {shown(most, 5)})")
-    is_kept = n_cells >= args.min_cells
-    if not is_kept[row[args.control]]:
-        sys.exit(f"error: {source}: the control {args.control!r} has {n_cells[row[args.control]]:,} cells, fewer than --min-cells "
-                 f"{args.min_cells}")
-    if not n_cells[is_kept].all():
-        sys.exit(f"error: {source}: condition {shown(conditions[n_cells == 0], 1)!r} has no cells; leave such out with --min-cells 1")
-    if not is_kept.all():
-        dropped = [f"{condition} ({n:,})" for condition, n in zip(conditions[~is_kept], n_cells[~is_kept])]
-        print(f"--min-cells {args.min_cells}: {len(dropped):,} conditions left out (their cells): {shown(dropped, len(dropped))}")
-    new_row = np.append(np.where(is_kept, np.cumsum(is_kept) - 1, -1), -1)
-    conditions = conditions[is_kept]
-    return conditions, new_row[cell_condition], {condition: targets_of[condition] for condition in conditions}
+    labels (L,): the distinct labels of the source; label_of_cell (cells,): each cell's label, -1 where it is missing.
+    """
+    if (label_of_cell < 0).any():
+        print(f"{(label_of_cell < 0).sum():,} of {len(label_of_cell):,} cells have no {args.condition_key}: left out")
+    counts = np.bincount(label_of_cell[label_of_cell >= 0], minlength=len(labels))
+    n_cells = {label: n for label, n in zip(labels, counts) if n}  # a label without cells does not exist
+    rules = make_rules(args, genes)
+    targets_of_label = read_labels(list(n_cells), n_cells, rules, args.drop, source)
+    print_how_read(targets_of_label, rules, source)
 
+    # Labels of the same condition become one
+    condition_of = {label: condition_name(label, targets) for label, targets in targets_of_label.items()}
+    targets_of, n_of = {}, {}
+    for label, condition in condition_of.items():
+        targets_of.setdefault(condition, targets_of_label[label])
+        n_of[condition] = n_of.get(condition, 0) + n_cells[label]
+    print_merged(condition_of)
+
+    if CONTROL not in targets_of:
+        most = sorted(n_cells, key=lambda label: -n_cells[label])
+        sys.exit(f"error: {source}: no control cells ({', '.join(args.control)}); name their label with --control "
+                 f"(the labels with most cells are {shown(most, 5)})")
+    few = [condition for condition in targets_of if n_of[condition] < args.min_cells]
+    if CONTROL in few:
+        sys.exit(f"error: {source}: {n_of[CONTROL]:,} control cells, fewer than --min-cells {args.min_cells}")
+    if few:
+        numbers = [f"{condition} ({n_of[condition]:,})" for condition in few]
+        print(f"--min-cells {args.min_cells}: {len(few):,} conditions left out (their cells): {shown(numbers, 20)}")
+
+    conditions = [condition for condition in targets_of if condition not in few]
+    row = {condition: i for i, condition in enumerate(conditions)}
+    row_of_label = [row.get(condition_of.get(label), -1) for label in labels] + [-1]  # the last: no label
+    cell_condition = np.array(row_of_label)[label_of_cell]
+    return np.array(conditions, dtype=object), cell_condition, {condition: targets_of[condition] for condition in conditions}
+
+
+def make_rules(args, genes):
+    """How the labels of a dataset are read: see parse_condition."""
+    return SimpleNamespace(control=args.control, separator=args.separator, target_regex=args.target_regex,
+                           upper_case=args.upper_case, genes=set(genes))
+
+
+def print_how_read(targets_of_label, rules, source):
+    """Say what the user may not expect of the way in which labels were read. Ends the run if the regex never matches."""
+    if CONTROL not in rules.control:
+        n_padded = sum(CONTROL in label.split(rules.separator) for label in targets_of_label)
+        if n_padded:
+            print(f"{n_padded:,} labels have {CONTROL!r} in them: it counts as control, too")
+    if rules.target_regex:
+        parts = [part for label in targets_of_label for part in (label, *label.split(rules.separator))]
+        if not any(re.fullmatch(rules.target_regex, part) for part in parts):
+            sys.exit(f"error: --target-regex {rules.target_regex!r} matches no label of {source}, "
+                     f"such as {shown(list(targets_of_label), 3)}")
+
+
+def print_merged(condition_of):
+    """Say which labels stand for the same condition. condition_of: {label: condition}."""
+    labels_of = {}
+    for label, condition in condition_of.items():
+        labels_of.setdefault(condition, []).append(label)
+    examples = [f"{shown(labels, 3)} to {condition}" for condition, labels in labels_of.items() if len(labels) > 1]
+    if examples:
+        print(f"{len(condition_of):,} labels make {len(labels_of):,} conditions: {'; '.join(examples[:5])}"
+              + ("; ..." if len(examples) > 5 else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split
 
 def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pairs=0.75):
-    """One round of GEARS' simulation split: {label: [target, ...]} of the perturbed conditions -> (train, subgroup).
+    """One round of GEARS' simulation split: {label: [target, ...]} of perturbed conditions -> (train, subgroup).
 
-    `train` is the list of training labels, `subgroup` names for every other label why it is held out: unseen_single, or
-    combo_seen<k> with k of its targets seen as training genes. Legacy NumPy generator, as in the paper's runs.
+    `train` lists the training labels; `subgroup` says for every other label why it is held out: unseen_single, or
+    combo_seen<k> with k of its targets among the training genes. Legacy NumPy generator, as in the paper's runs.
     """
     genes = sorted({gene for targets in targets_of.values() for gene in targets})
     rng = np.random.RandomState(seed)
@@ -151,12 +251,15 @@ def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pai
             (train if len(targets) == 1 else seen_pairs).append(label)
         else:
             subgroup[label] = "unseen_single" if len(targets) == 1 else f"combo_seen{n_seen}"
-    labels_of = {}  # A+B and B+A stay together; the first of them is drawn
+
+    # Of the pairs whose targets are all seen, some are held out; A+B and B+A stay on the same side
+    labels_of = {}
     for label in sorted(seen_pairs):
         labels_of.setdefault(frozenset(targets_of[label]), []).append(label)
-    drawn = [labels[0] for labels in labels_of.values()]
+    first_labels = [labels[0] for labels in labels_of.values()]
     rng = np.random.RandomState(seed)
-    kept = set(rng.choice(drawn, int(len(drawn) * train_share_of_seen_pairs), replace=False)) if drawn else set()
+    n_kept = int(len(first_labels) * train_share_of_seen_pairs)
+    kept = set(rng.choice(first_labels, n_kept, replace=False)) if first_labels else set()
     for targets, labels in labels_of.items():
         if labels[0] in kept:
             train += labels
@@ -166,42 +269,81 @@ def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pai
 
 
 def split_conditions(targets_of, seed):
-    """The paper's split: {label: targets} -> ({label: train | val | test}, {label: subgroup}); the training labels of a first
-    round at 75% go through a second one at 90%, and what falls out of that is validation (scGenePT; GEARS `simulation`)."""
+    """The paper's split: {label: targets} -> ({label: train | val | test}, {label: subgroup}).
+
+    The training labels of a first round at 75% go through a second one at 90%, and what falls out of that is validation
+    (scGenePT; GEARS' `simulation`).
+    """
     train_and_val, subgroup = simulation_split(targets_of, seed)
     train, subgroup_of_val = simulation_split({label: targets_of[label] for label in train_and_val}, seed, 0.9, 0.9)
     split = dict.fromkeys(subgroup, "test") | dict.fromkeys(subgroup_of_val, "val") | dict.fromkeys(train, "train")
     return split, subgroup | subgroup_of_val
 
 
-def split_from_json(path, targets_of):
-    """A split of the user's from a JSON file {"train": [label, ...], "val": [...], "test": [...]}; every label stands once."""
+def split_from_json(path, targets_of, rules):
+    """A split of the user's from a JSON file {"train": [label, ...], "val": [...], "test": [...]}, as split_conditions.
+
+    Labels may be those of the dataset or of the source; every perturbed condition has to stand in it once.
+    """
     lists = shared.read_json(path, list)
-    if set(lists) != {"train", "val", "test"} or not all(isinstance(label, str) for labels in lists.values() for label in labels):
+    if set(lists) != {"train", "val", "test"}:
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
-    split = {}
-    for name, labels in lists.items():
+    split, problems = {}, []
+    for part, labels in lists.items():
         for label in labels:
-            if label in split:
-                sys.exit(f"error: {path}: condition {label!r} stands twice")
-            split[label] = name
-    for label in split:
-        if label not in targets_of:
-            near = [f"{label}+ctrl"] * (f"{label}+ctrl" in targets_of) or difflib.get_close_matches(label, targets_of, 2)
-            sys.exit(f"error: {path}: {label!r} is no perturbed condition of the data" + (f"; did you mean {shown(near)}?" if near else ""))
-    for label in targets_of:
-        if label not in split:
-            sys.exit(f"error: {path}: condition {label!r} of the data is in none of train, val and test")
-    seen = {gene for label in lists["train"] for gene in targets_of[label]}
+            condition = find_condition(label, targets_of, rules)
+            if condition is None:
+                near = difflib.get_close_matches(str(label), targets_of, 2)
+                problems.append(f"{label!r} is no perturbed condition of the data"
+                                + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+            elif condition in split:
+                problems.append(f"{label!r} stands twice")
+            else:
+                split[condition] = part
+    problems += [f"{condition!r} of the data is missing" for condition in targets_of if condition not in split]
+    if problems:
+        sys.exit(f"error: {path}: {len(problems):,} problems: {shown(problems, 10)}")
+
+    train_genes = {gene for condition, part in split.items() if part == "train" for gene in targets_of[condition]}
     subgroup = {}
-    for label in lists["val"] + lists["test"]:
-        targets = targets_of[label]
-        n_seen = sum(gene in seen for gene in targets)
-        if len(targets) > 1:
-            subgroup[label] = f"combo_seen{n_seen}"
-        elif not n_seen:
-            subgroup[label] = "unseen_single"
+    for condition, part in split.items():
+        targets = targets_of[condition]
+        n_seen = sum(gene in train_genes for gene in targets)
+        if part != "train" and len(targets) > 1:
+            subgroup[condition] = f"combo_seen{n_seen}"
+        elif part != "train" and not n_seen:
+            subgroup[condition] = "unseen_single"
     return split, subgroup
+
+
+def find_condition(label, conditions, rules):
+    """The condition that a user's label means, or None: its own name, or the same targets in another form."""
+    if label in conditions:
+        return label
+    try:
+        name = condition_name(label, parse_condition(label, rules))
+    except (ValueError, AttributeError):  # no condition, or no text
+        return None
+    reverse = "+".join(reversed(name.split("+")))
+    return next((condition for condition in (name, reverse) if condition in conditions), None)
+
+
+def make_split(targets_of, args, rules):
+    """{condition: train | val | test | ctrl} and {condition: subgroup}, as --split says."""
+    perturbed = {condition: targets for condition, targets in targets_of.items() if targets}
+    if args.split == "none":
+        if not perturbed:
+            sys.exit("error: no perturbed cells: nothing to train on")
+        return dict.fromkeys(perturbed, "train") | {CONTROL: "ctrl"}, {}
+    if args.split == "simulation":
+        split, subgroup = split_conditions(perturbed, args.split_seed)
+    else:
+        split, subgroup = split_from_json(args.split, perturbed, rules)
+    for part in ("train", "val", "test"):
+        if part not in split.values():
+            sys.exit(f"error: the split leaves no condition for {part}: {len(perturbed)} perturbations are too few for it "
+                     "(it takes about a dozen); --split FILE.json gives your own, --split none trains on all of them")
+    return split | {CONTROL: "ctrl"}, subgroup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,16 +388,8 @@ def cell_totals(X):
     return np.asarray(X.sum(axis=1, dtype=np.float64)).ravel()
 
 
-def scale_to_median(totals, source="X"):
-    """The factor that brings each cell's total of counts (cells,) to the median of all."""
-    if not totals.all():
-        sys.exit(f"error: {source}: {(totals == 0).sum():,} cells have no counts at all; remove them first")
-    return np.median(totals) / totals
-
-
-def normalized(X, scale=None):
-    """log1p of counts times the factor of their cell (cells,), by default the one to the median total: CSR or CSC -> float32."""
-    scale = scale_to_median(cell_totals(X)) if scale is None else scale
+def normalize(X, scale):
+    """log1p of counts times the factor of their cell, scale (cells,): CSR or CSC -> float32."""
     X = X.astype(np.float32)
     factors = np.repeat(scale, np.diff(X.indptr)) if X.format == "csr" else scale[X.indices]
     X.data = np.log1p(X.data * factors).astype(np.float32)
@@ -266,17 +400,18 @@ def most_variable(mean, variance, n):
     """Which genes are the n most variable, (G,) bool, by their mean and variance (G,) before the logarithm.
 
     Seurat's normalized dispersion (Satija et al. 2015), the genes of scanpy's highly_variable_genes(flavor="seurat"): the
-    z-score of log(variance / mean) among the genes of about the same log mean (20 bins of equal width). A gene alone in its
-    bin counts as 1; one that never varies is never chosen; genes that tie with the last one are all chosen.
+    z-score of log(variance / mean) among the genes of about the same log mean (20 bins of equal width). A gene alone in
+    its bin counts as 1; one that never varies is never chosen; genes that tie with the last one are all chosen.
     """
     mean = np.where(mean == 0, 1e-12, mean)
     with np.errstate(divide="ignore", invalid="ignore"):
         dispersion = np.log(np.where(variance > 0, variance / mean, np.nan))
-    mean = np.log1p(mean)
-    edges = np.linspace(mean.min(), mean.max(), 21)[1:-1]
-    bin_of = np.searchsorted(edges, mean)  # a gene on an edge belongs to the bin below
+    log_mean = np.log1p(mean)
+    edges = np.linspace(log_mean.min(), log_mean.max(), 21)[1:-1]
+    bin_of = np.searchsorted(edges, log_mean)  # a gene on an edge belongs to the bin below
     score = np.full(len(mean), np.nan)
-    for genes in (np.flatnonzero((bin_of == b) & np.isfinite(dispersion)) for b in range(20)):
+    for b in range(20):
+        genes = np.flatnonzero((bin_of == b) & np.isfinite(dispersion))
         values = dispersion[genes]
         if len(genes) == 1:
             score[genes] = 1
@@ -292,287 +427,315 @@ def most_variable(mean, variance, n):
 def simulate_demo():
     """Simulated cells (CSR, 3,564 x 128, log-normalized), genes, and each cell's condition label. SYNTHETIC.
 
-    Every gene takes part in one or two of eight processes (stage 01 writes texts that say so). Perturbing a gene changes the
-    activity of the other processes through a random signed matrix, and thereby the genes that take part in them. The matrix
-    is centred by rows and columns: no response is shared by all perturbations, so that a mean predicts nothing.
+    Every gene takes part in one or two of eight processes (stage 01 writes texts that say so). Perturbing a gene changes
+    the activity of the other processes through a random signed matrix, and thereby the genes that take part in them. The
+    matrix is centred by rows and columns: no response is shared by all perturbations, so that a mean predicts nothing.
     """
-    from scipy import sparse
     genes, takes_part = shared.demo_genes()
     rng = np.random.default_rng(1)
-    share = takes_part / takes_part.sum(1, keepdims=True)                       # (G, processes)
-    effect = rng.choice([-1.0, 1.0], (share.shape[1],) * 2) * rng.uniform(0.5, 1.5, (share.shape[1],) * 2)
+    share = takes_part / takes_part.sum(1, keepdims=True)  # (G, processes)
+    n_processes = share.shape[1]
+    effect = rng.choice([-1.0, 1.0], (n_processes, n_processes)) * rng.uniform(0.5, 1.5, (n_processes, n_processes))
     effect -= effect.mean(0)
     effect -= effect.mean(1, keepdims=True)
     targets = rng.choice(len(genes), 96, replace=False)
     pairs = [rng.choice(targets, 2, replace=False) for _ in range(40)]
-    conditions = [("ctrl", [], 300)] + [(f"{genes[t]}+ctrl", [t], 24) for t in targets]
+    conditions = [(CONTROL, [], 300)]
+    conditions += [(f"{genes[t]}+{CONTROL}", [t], 24) for t in targets]
     conditions += [(f"{genes[a]}+{genes[b]}", [a, b], 24) for a, b in pairs]
 
     baseline = rng.normal(1.0, 0.7, len(genes))
     counts, labels = [], []
     for label, perturbed, n_cells in conditions:
-        activity = rng.normal(0, 0.15, (n_cells, share.shape[1]))               # cells differ without any perturbation
+        activity = rng.normal(0, 0.15, (n_cells, n_processes))  # cells differ without any perturbation
         for target in perturbed:
             activity = activity + effect @ share[target]
-        log_mean = baseline + activity @ share.T + rng.normal(0, 0.2, (n_cells, 1))  # the last: sequencing depth
-        log_mean[:, perturbed] -= 1.5                                           # knocked down
+        depth = rng.normal(0, 0.2, (n_cells, 1))
+        log_mean = baseline + activity @ share.T + depth
+        log_mean[:, perturbed] -= 1.5  # knocked down
         counts.append(rng.poisson(np.exp(log_mean)))
         labels += [label] * n_cells
-    return normalized(sparse.csr_matrix(np.concatenate(counts).astype(np.float32))), genes, labels
+    X = sparse.csr_matrix(np.concatenate(counts).astype(np.float32))
+    totals = cell_totals(X)
+    return normalize(X, np.median(totals) / totals), genes, labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# AnnData files, also broken ones and ones from strangers
+# AnnData files: reading
 
-@contextlib.contextmanager
-def as_h5ad(path, folder, sha256=None):
-    """Yield the path of an h5ad file: `path` itself, or the one inside a zip, unpacked into `folder` for as long as needed. Ends the
-    run where that is not the one with this SHA-256."""
-    if not zipfile.is_zipfile(path):
-        yield path
-        return
-    for leftover in folder.glob(".unpacked-*"):  # of a run that was killed
-        if time.time() - leftover.stat().st_mtime > 86400:
-            shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary:
-        h5ad = unpack(path, Path(temporary) / "cells.h5ad")
-        if sha256 and (found := shared.checksum(h5ad, "sha256")) != sha256:
-            sys.exit(f"error: {path}: the SHA-256 of the cells in it is {found}, expected {sha256}; delete it and run again")
-        yield h5ad
+def open_cells(path, folder, sha256=None):
+    """The path of an h5ad file: `path` itself, or what a .gz or a zip holds, unpacked to `folder` for as long as needed.
 
-
-def unpack(path, target):
-    """Write the one h5ad file of a zip to `target` and return that; no name in the zip becomes a path."""
+    Ends the run where the unpacked file does not have this SHA-256, or `path` is a file of another kind.
+    """
+    if path.is_dir():
+        sys.exit(f"error: {path}: a folder (zarr?), {HOW_TO_CONVERT}")
+    if h5py.is_hdf5(path):
+        return path
+    unpacked = folder / ".unpacked.h5ad"
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if m.filename.endswith(".h5ad") and not m.filename.startswith("__MACOSX/")]
-            if len(members) != 1:
-                sys.exit(f"error: {path}: {len(members)} .h5ad files in it, expected one")
-            size, packed, free = members[0].file_size, members[0].compress_size, shutil.disk_usage(target.parent).free
-            if size > 2**30 and size > 200 * packed:  # GEARS' files: 13 times
-                sys.exit(f"error: {path}: {packed / 1e6:,.1f} MB in it declare to unpack to {size / 1e9:,.1f} GB, which no cells do; "
-                         "unzip it yourself if you trust it")
-            if size > free:
-                sys.exit(f"error: {path}: unpacks to {size / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {target.parent.parent}")
-            print(f"unpacking {shown([members[0].filename])} ({size / 1e6:,.0f} MB)")
-            with archive.open(members[0]) as source, open(target, "wb") as file:
-                shutil.copyfileobj(source, file, 2**22)
-    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"error: {path}: cannot be unpacked ({error}); if the disk is not full, get it again from its source")
-    return target
+        with open_packed(path) as source, open(unpacked, "wb") as file:
+            print(f"unpacking {path}")
+            shutil.copyfileobj(source, file, 2**22)
+    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        sys.exit(f"error: {path}: damaged ({error}); get it again from its source")
+    if sha256 and shared.checksum(unpacked) != sha256:
+        sys.exit(f"error: {path}: the cells in it are not those expected (SHA-256); delete it and run again")
+    if not h5py.is_hdf5(unpacked):
+        sys.exit(f"error: {path}: {kind_of(unpacked)} in it, {HOW_TO_CONVERT}")
+    return unpacked
 
 
-def read_array(group, name, path, kinds):
-    """The list `name` of an HDF5 group as a numpy array: numbers of these kinds (numpy's letters), or, with kinds="text", an
-    array of str; numbers then as they print. Ends the run for anything else."""
-    array, where = find(group, name, path), f"{group.name.rstrip('/')}/{shown([name])}"
-    with damage_in(path):
-        if not isinstance(array, h5py.Dataset) or array.ndim != 1:
-            sys.exit(f"error: {path}: {where} is missing, or no list; write the file anew with anndata 0.7 or later")
-        is_string = h5py.check_string_dtype(array.dtype) is not None
-        if array.size > MOST_ENTRIES or array.nbytes > 2**29 or is_string and array.nbytes > max(2**24, 20 * array.id.get_storage_size()):
-            sys.exit(f"error: {path}: {where} has {array.size:,} entries: damaged, or made to fill the memory")
-        if kinds == "text" and is_string:
-            values = array.asstr("utf-8")[:]
-        elif array.dtype.kind in ("iufb" if kinds == "text" else kinds):
-            values = array[:]
-            if kinds == "text":  # few are different
-                distinct, of_value = np.unique(values, return_inverse=True)
-                values = distinct.astype(str).astype(object)[of_value]
-        else:
-            sys.exit(f"error: {path}: {where} holds {array.dtype}, expected {'text' if kinds == 'text' else 'numbers'}")
-    if is_string and any("\0" in value or len(value) > LONGEST_NAME for value in values):
-        sys.exit(f"error: {path}: {where} has a text with a NUL character or over {LONGEST_NAME:,} characters in it")
-    return values
+HOW_TO_CONVERT = "not an AnnData file (h5ad); read it with anndata or scanpy and save it with write_h5ad"
 
 
-def attribute(item, path, *names):
-    """The first of these attributes that an HDF5 group or dataset has, or None; bytes as str."""
-    with damage_in(path):
-        value = next((item.attrs[name] for name in names if name in item.attrs), None)
-        return value.decode() if isinstance(value, bytes) else value
+def open_packed(path):
+    """The h5ad inside a .gz or a zip, open for reading. Ends the run where there is none."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    if is_gzip and not path.name.endswith((".tar.gz", ".tgz")):
+        return gzip.open(path)
+    if not zipfile.is_zipfile(path) or is_gzip:
+        sys.exit(f"error: {path}: {kind_of(path)}, {HOW_TO_CONVERT}")
+    archive = zipfile.ZipFile(path)
+    members = [m for m in archive.infolist() if m.filename.endswith(".h5ad") and not m.filename.startswith("__MACOSX/")]
+    if len(members) != 1:
+        sys.exit(f"error: {path}: {len(members)} .h5ad files in it, expected one")
+    return archive.open(members[0])
 
 
-def columns_of(table, path):
-    """Names of the columns of an AnnData table (obs or var), its index left out."""
-    with damage_in(path):
-        return sorted(name for name in table if not name.startswith("_"))
+def kind_of(path):
+    """What a file that is no HDF5 file is, in words."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        return "an empty file"
+    if head[:2] == b"\x1f\x8b" or tarfile.is_tarfile(path):
+        return "a tar archive or gzipped file"
+    if head[:2] == b"PK":
+        return "a zip archive"
+    if head[:1] == b"\x80":
+        return "a Python pickle"
+    if shared.is_html(head):
+        return "a web page"
+    return "a binary file" if b"\0" in head else "a text file (csv, tsv or mtx)"
+
+
+def check_is_anndata(file, path):
+    """End the run where an HDF5 file is no AnnData file, with what it is."""
+    if isinstance(file.get("obs"), h5py.Group) and isinstance(file.get("var"), h5py.Group):
+        return
+    kinds = {"mod": "a MuData file (h5mu)", "matrix": "10x Genomics' h5 or a loom file", "row_attrs": "a loom file",
+             "obs": "written by anndata before 0.7"}
+    kind = next((words for key, words in kinds.items() if key in file), f"an HDF5 file with {shown(list(file)) or 'nothing'}")
+    sys.exit(f"error: {path}: {kind}, {HOW_TO_CONVERT}")
+
+
+def read_text(item):
+    """A dataset of an AnnData table as text (n,); numbers as they print."""
+    if h5py.check_string_dtype(item.dtype):
+        return item.asstr()[:]
+    distinct, of_value = np.unique(item[:], return_inverse=True)  # few are different
+    return distinct.astype(str).astype(object)[of_value]
 
 
 def read_column(table, name, path):
-    """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, code -1 a missing value.
+    """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, code -1 is missing.
 
     Knows plain columns, nullable ones (values and a mask), and categories: as written today (a group of categories and
     codes), and before 2022 (codes, and a reference to the categories).
     """
-    column = find(table, name, path)
-    if column is None:
-        sys.exit(f"error: {path}: {table.name} has no column {name!r}; it has {shown(columns_of(table, path), 50)}")
-    reference = attribute(column, path, "categories")
-    if isinstance(reference, h5py.Reference):
-        with damage_in(path):
-            categories = table.file[reference].name or ""
-        values, codes = read_array(table.file, categories, path, "text"), read_array(table, name, path, "iu")
-    elif isinstance(column, h5py.Group) and find(column, "codes", path):
-        values, order = read_plain(column, "categories", path)
-        values, codes = values[order], read_array(column, "codes", path, "iu")
+    if name not in table:
+        columns = sorted(column for column in table if not column.startswith("_"))
+        sys.exit(f"error: {path}: {table.name.strip('/')} has no column {name!r}; it has {shown(columns, 50) or 'none'}")
+    column = table[name]
+    if "categories" in column.attrs:
+        return read_text(table.file[column.attrs["categories"]]), column[:].astype(np.int64)
+    if isinstance(column, h5py.Group) and "codes" in column:
+        return read_text(column["categories"]), column["codes"][:].astype(np.int64)
+    if isinstance(column, h5py.Group):
+        values, is_missing = read_text(column["values"]), column["mask"][:]
     else:
-        return read_plain(table, name, path)
-    codes = codes.astype(np.int64)
-    if len(codes) and (codes.min() < -1 or codes.max() >= len(values)):
-        sys.exit(f"error: {path}: {table.name}/{name} is damaged: codes beyond its {len(values):,} categories")
-    return values, codes
-
-
-def read_plain(table, name, path):
-    """A plain or nullable column as read_column gives it, values sorted."""
-    if isinstance(find(table, name, path), h5py.Group):
-        values, mask = read_array(table, f"{name}/values", path, "text"), read_array(table, f"{name}/mask", path, "b")
-        if len(values) != len(mask):
-            sys.exit(f"error: {path}: {table.name}/{name} is damaged: {len(values)} values, {len(mask)} in its mask")
-    else:
-        values = read_array(table, name, path, "text")
-        mask = (values == "nan") & (find(table, name, path).dtype.kind == "f")
+        values = read_text(column)
+        is_missing = (values == "nan") & (column.dtype.kind == "f")
     codes = np.full(len(values), -1)
-    values, codes[~mask] = np.unique(values[~mask], return_inverse=True)
+    values, codes[~is_missing] = np.unique(values[~is_missing], return_inverse=True)
     return values, codes
 
 
-def open_x(file, path, shape):
-    """X of an AnnData file, checked: (by_cells, data, indices, ends). Dense X: data (cells, genes), indices and ends None.
-    CSR (by_cells) and CSC: ends[i] is where row (column) i ends in data and indices. Ends the run for anything else."""
-    X = find(file, "X", path)
-    is_dense = isinstance(X, h5py.Dataset)
-    kind = "dense" if is_dense else attribute(X, path, "encoding-type", "h5sparse_format")
-    declared = X.shape if is_dense else attribute(X, path, "shape", "h5sparse_shape")
-    if not is_dense and str(kind) not in ("csr_matrix", "csc_matrix", "csr", "csc") or np.size(declared) != 2:
-        sys.exit(f"error: {path}: X is neither a dense, a CSR nor a CSC matrix (encoding-type {shown([kind])})")
-    if tuple(declared) != shape:
-        sys.exit(f"error: {path}: X is {shown(declared).replace(', ', ' x ')}, but there are {shape[0]} cells and {shape[1]} genes")
-    data, indices = (X, None) if is_dense else (find(X, "data", path), find(X, "indices", path))
-    with damage_in(path):
-        if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "iuf":
-            sys.exit(f"error: {path}: X holds non-numeric values")
-        if is_dense:
-            return True, data, None, None
-        is_whole = isinstance(indices, h5py.Dataset) and indices.dtype.kind in "iu" and data.ndim == 1 and data.shape == indices.shape
-    by_cells = kind.startswith("csr")
-    n_rows, n_columns = shape if by_cells else shape[::-1]
-    ends = read_array(X, "indptr", path, "iu").astype(np.int64)
-    if not is_whole or len(ends) != n_rows + 1 or ends[0] != 0 or ends[-1] != len(data) or \
-            np.diff(ends).min() < 0 or np.diff(ends).max() > n_columns:
-        sys.exit(f"error: {path}: X is a damaged sparse matrix (indptr, indices, data and shape disagree)")
-    return by_cells, data, indices, ends
+def find_matrix(file, layer, path):
+    """The expression matrix of an AnnData file that --layer names (None: X), and the table of its genes."""
+    place = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
+    if place not in file:
+        layers = [name for name in file.get("layers", ())] + (["raw"] if "raw/X" in file else [])
+        sys.exit(f"error: {path}: no {place} in it; --layer takes one of: {shown(layers) or 'none are there'}")
+    return file[place], file["raw/var" if layer == "raw" else "var"]
 
 
-def read_blocks(file, path, shape):
-    """X of an AnnData file piece by piece: yields (cells, genes, float32 matrix), `cells` and `genes` slices that say which part
-    of X (cells, genes) it is. Dense and CSR data comes by cells and as CSR, CSC data by genes and as CSC. Nothing else of the
-    file (layers, raw) is read."""
-    from scipy import sparse
-    from tqdm import tqdm
-    by_cells, data, indices, ends = open_x(file, path, shape)
-    n_rows, n_columns = shape if by_cells else shape[::-1]
-    if indices is None:
-        step = max(1, BLOCK // n_columns)
-        if data.chunks and data.chunks[0] * n_columns <= 4 * BLOCK:  # whole chunks, or each is unpacked again and again
-            step = -(-step // data.chunks[0]) * data.chunks[0]
-        bounds = [*range(0, n_rows, step), n_rows]
-    else:
-        bounds = [0]
-        while bounds[-1] < n_rows:
-            last = np.searchsorted(ends, ends[bounds[-1]] + BLOCK, "right") - 1
-            bounds.append(max(bounds[-1] + 1, int(last)))
-    for start, stop in tqdm(list(zip(bounds, bounds[1:])), desc="reading X", unit=" blocks", leave=False, disable=None):
-        part = slice(start, stop) if indices is None else slice(ends[start], ends[stop])
-        with damage_in(path), np.errstate(over="ignore"):  # beyond float32: infinite, which read_cells refuses
-            values = data[part].astype(np.float32, copy=False)
-            minor = None if indices is None else indices[part]
-        if minor is None:
-            block = sparse.csr_matrix(values)
+def read_genes(var, gene_key, path):
+    """Symbols (G,) and ids (G,) of the genes in an AnnData file's table of genes."""
+    index = var.attrs.get("_index", "index")
+    if gene_key is None:
+        gene_key = "gene_name" if "gene_name" in var else index
+    elif gene_key == "index" and "index" not in var:
+        gene_key = index
+    (symbols, codes), (ids, id_codes) = read_column(var, gene_key, path), read_column(var, index, path)
+    if (codes < 0).any():
+        sys.exit(f"error: {path}: genes without a name in var/{gene_key}; name another column with --gene-key")
+    return symbols[codes], ids[id_codes]
+
+
+def warn_of_ensembl_ids(genes, var, path, vocab):
+    """Say so if genes go by Ensembl ids; end the run for it unless the vocabulary is the dataset's own genes."""
+    n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
+    if n_ids > len(genes) / 2:
+        columns = sorted(name for name in var if not name.startswith("_"))
+        message = (f"{path}: the genes are Ensembl ids ({genes[0]}), but vocabulary and texts go by symbols; name the "
+                   f"column of symbols with --gene-key (there are: {shown(columns, 20)})")
+        if vocab != "none":
+            sys.exit(f"error: {message}")
+        print(f"warning: {message}")
+
+
+def sparse_parts(X, path, n_cells, n_genes):
+    """Kind (csr_matrix or csc_matrix), data, indices and indptr of a sparse matrix in an AnnData file."""
+    kind = X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))
+    kind = {"csr": "csr_matrix", "csc": "csc_matrix"}.get(kind, kind)
+    if kind not in ("csr_matrix", "csc_matrix"):
+        sys.exit(f"error: {path}: {X.name} is neither a dense, a CSR nor a CSC matrix ({kind})")
+    data, indices, indptr = X["data"], X["indices"], X["indptr"][:].astype(np.int64)
+    n_rows = n_cells if kind == "csr_matrix" else n_genes
+    if len(indptr) != n_rows + 1 or not len(data) == len(indices) == indptr[-1] or (np.diff(indptr) < 0).any():
+        sys.exit(f"error: {path}: {X.name} is damaged, or not of {n_cells:,} cells and {n_genes:,} genes")
+    return kind, data, indices, indptr
+
+
+def read_blocks(X, path, n_cells, n_genes):
+    """Yield the matrix X (cells, genes) of an AnnData file piece by piece: (cells, genes, float32 matrix), `cells` and
+    `genes` slices that say which part of X it is. Dense and CSR data comes by cells and as CSR, CSC data by genes and as
+    CSC."""
+    if isinstance(X, h5py.Dataset):
+        if X.shape != (n_cells, n_genes):
+            sys.exit(f"error: {path}: {X.name} is {shown(X.shape)}, but there are {n_cells} cells and {n_genes} genes")
+        step = max(1, BLOCK // n_genes)
+        if X.chunks:  # whole chunks, or each is unpacked again and again
+            step = -(-step // X.chunks[0]) * X.chunks[0]
+        for start in tqdm(range(0, n_cells, step), "reading cells", unit=" blocks", leave=False, disable=None):
+            cells = slice(start, min(start + step, n_cells))
+            yield cells, slice(None), sparse.csr_matrix(X[cells].astype(np.float32, copy=False))
+        return
+
+    kind, data, indices, indptr = sparse_parts(X, path, n_cells, n_genes)
+    by_cells = kind == "csr_matrix"
+    n_rows, n_columns = (n_cells, n_genes) if by_cells else (n_genes, n_cells)
+    bounds = [0]  # first row of each block
+    while bounds[-1] < n_rows:
+        last = np.searchsorted(indptr, indptr[bounds[-1]] + BLOCK, "right") - 1
+        bounds.append(max(bounds[-1] + 1, int(last)))
+    pairs = list(zip(bounds, bounds[1:]))
+    for start, stop in tqdm(pairs, "reading cells", unit=" blocks", leave=False, disable=None):
+        part = slice(indptr[start], indptr[stop])
+        columns = indices[part].astype(np.int32, copy=False)
+        if len(columns) and not 0 <= columns.min() <= columns.max() < n_columns:
+            sys.exit(f"error: {path}: {X.name} is damaged: an index beyond its {n_columns:,} columns")
+        pieces = data[part].astype(np.float32, copy=False), columns, (indptr[start:stop + 1] - indptr[start])
+        rows = slice(start, stop)
+        if by_cells:
+            block = sparse.csr_matrix(pieces, shape=(stop - start, n_columns))
         else:
-            if len(minor) and (minor.min() < 0 or minor.max() >= n_columns):
-                sys.exit(f"error: {path}: X is a damaged sparse matrix (an index is beyond its {n_columns:,} "
-                         f"{'genes' if by_cells else 'cells'})")
-            pieces = values, minor.astype(np.int32, copy=False), (ends[start:stop + 1] - ends[start]).astype(np.int32)
-            block = (sparse.csr_matrix(pieces, shape=(stop - start, n_columns)) if by_cells else
-                     sparse.csc_matrix(pieces, shape=(n_columns, stop - start)))
-            block.sum_duplicates()
-        yield (slice(start, stop), slice(None), block) if by_cells else (slice(None), slice(start, stop), block)
+            block = sparse.csc_matrix(pieces, shape=(n_columns, stop - start))
+        block.sum_duplicates()
+        yield (rows, slice(None), block) if by_cells else (slice(None), rows, block)
 
 
-def read_cells(blocks, kept, is_target, args, source):
-    """Expression of the kept cells and the chosen genes as CSR float32, and which genes are chosen (G,) bool.
+def scan_expression(blocks, n_cells, args, source):
+    """Each cell's total (cells,), and whether the values are counts, which --normalize turns into logarithms.
 
-    blocks() yields X in pieces (as read_blocks), kept (cells,) and is_target (G,) are bool. X is read two or three times, so
-    that memory holds what is kept, never X itself. Ends the run for values that are neither logarithms nor counts.
+    blocks() yields the matrix as read_blocks does. Ends the run for values that are neither logarithms nor counts.
     """
-    from scipy import sparse
-    n_genes, totals, is_counts, largest = len(is_target), np.zeros(len(kept)), True, 0
+    totals, is_counts, largest, smallest = np.zeros(n_cells), True, 0, 0
     for cells, _, X in blocks():
-        if not np.isfinite(X.data).all() or X.data.max(initial=0) > 1e12:
-            sys.exit(f"error: {source}: X holds NaN, infinite or absurdly large values")
-        if X.nnz and X.data.min() < 0:
-            sys.exit(f"error: {source}: X holds negative values: scaled data? Expected log-normalized expression, or counts with "
-                     "--normalize")
-        is_counts = is_counts and (X.data == np.round(X.data)).all()
+        if not np.isfinite(X.data).all():
+            sys.exit(f"error: {source}: NaN or infinite values in the expression matrix")
+        smallest = min(smallest, X.data.min(initial=0))
         largest = max(largest, X.data.max(initial=0))
+        is_counts = is_counts and (X.data == np.round(X.data)).all()
         totals[cells] += cell_totals(X)
     is_counts = is_counts and largest > 0
+    other = "; other matrices of the file are chosen with --layer NAME, or --layer raw"
+    if smallest < 0:
+        sys.exit(f"error: {source}: negative values, as in scaled data; expected log-normalized expression{other}")
     if is_counts and not args.normalize:
-        sys.exit(f"error: {source}: X holds raw counts; add --normalize to scale and log-transform them")
+        sys.exit(f"error: {source}: raw counts; add --normalize to scale and log-transform them{other}")
     if not is_counts and largest > LARGEST_LOG:
-        sys.exit(f"error: {source}: X holds values up to {largest:,.0f}: neither logarithms (10 or so at most) nor counts; "
-                 "log-transform it (log1p), or put the raw counts into X and add --normalize")
+        sys.exit(f"error: {source}: values up to {largest:,.0f} are neither logarithms nor counts; log-transform them "
+                 f"(log1p){other}")
     if args.normalize and not is_counts:
-        print("X does not hold integers: taken as normalized already, --normalize left it alone")
-    scale = np.ones(len(kept))
-    if is_counts:
-        scale[kept] = scale_to_median(totals[kept], source)
+        print("the values are no counts: taken as normalized already, --normalize left them alone")
+    if not is_counts:
+        warn_of_values(largest, totals, source)
+    return totals, is_counts
 
+
+def warn_of_values(largest, totals, source):
+    """Print a warning for values that look normalized, but not log-transformed."""
+    filled = totals[totals > 0]
+    if largest > USUAL_LOG:
+        print(f"warning: {source}: values up to {largest:.1f}: are these logarithms? Those of expression stay below 15",
+              file=sys.stderr)
+    elif len(filled) > 1 and np.ptp(filled) < 1e-3 * filled.mean():
+        print(f"warning: {source}: all cells have the same sum ({filled.mean():,.0f}): normalized, but not log-transformed?",
+              file=sys.stderr)
+
+
+def read_expression(blocks, kept, scale, is_target, n_genes_kept):
+    """Expression of the kept cells and the chosen genes as CSR float32, and which genes are chosen, bool (G,).
+
+    blocks() yields X in pieces (as read_blocks), kept (cells,) and is_target (G,) are bool; scale (cells,) normalizes
+    counts, None leaves values as they are. X is read once or twice, so that memory holds only what is kept.
+    """
     def kept_blocks():
         for cells, genes, X in blocks():
-            X = normalized(X, scale[cells]) if is_counts else X
+            X = normalize(X, scale[cells]) if scale is not None else X
             yield genes, X if kept.all() else X[kept[cells]]
 
-    chosen = np.ones(n_genes, dtype=bool)
-    if args.n_genes:
-        sums = np.zeros((2, n_genes))  # of the values without logarithm, and of their squares
+    chosen = np.ones(len(is_target), dtype=bool)
+    if n_genes_kept:
+        sums = np.zeros((2, len(is_target)))  # of the values without logarithm, and of their squares
         for genes, X in kept_blocks():
             X = np.expm1(X).astype(np.float64)
-            sums[:, genes] += [np.asarray(weights.sum(axis=0)).ravel() for weights in (X, X.power(2))]
+            sums[:, genes] += [np.asarray(values.sum(axis=0)).ravel() for values in (X, X.power(2))]
         n, mean = kept.sum(), sums[0] / kept.sum()
-        variable = most_variable(mean, (sums[1] - n * mean ** 2) / max(n - 1, 1), args.n_genes)
+        variable = most_variable(mean, (sums[1] - n * mean ** 2) / max(n - 1, 1), n_genes_kept)
         chosen = variable | is_target
-        no_more = " (no others vary)" if variable.sum() < min(args.n_genes, n_genes) else ""
-        print(f"--n-genes {args.n_genes}: kept the {variable.sum():,} most variable of {n_genes:,} genes{no_more} and "
+        print(f"--n-genes {n_genes_kept}: kept the {variable.sum():,} most variable of {len(chosen):,} genes and "
               f"{(chosen & ~variable).sum():,} more that are targets")
     parts = [X if chosen.all() else X[:, chosen[genes]] for genes, X in kept_blocks()]
     if parts[0].format == "csr":
         return sparse.vstack(parts, format="csr"), chosen
     X = sparse.hstack(parts, format="csc")
-    del parts  # before X is there a second time
+    del parts  # before X is in memory a second time
     return X.tocsr(), chosen
 
 
-def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
-    """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of gene_ids (P, 20), -1
-    for control; None unless it ranks the genes of every condition. label_of_cell (cells,): each cell's condition."""
-    where = "uns/rank_genes_groups_cov_all"
-    if find(file, where, path) is None or find(file, "obs/condition_name", path) is None:
+def read_rankings(file, path, conditions, label_of_cell, gene_ids):
+    """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of gene_ids (P, 20),
+    -1 for control; None unless it ranks the genes of every condition. label_of_cell (cells,): each cell's condition."""
+    rankings = file.get("uns/rank_genes_groups_cov_all")
+    if rankings is None or "condition_name" not in file["obs"]:
         return None
     names, codes = read_column(file["obs"], "condition_name", path)
-    if len(codes) != len(label_of_cell) or codes.min() < 0:
+    if (codes < 0).any():
         return None
     name_of = dict(zip(label_of_cell, names[codes]))
     row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
     order = np.full((len(conditions), N_TOP), -1)
-    for i, label in enumerate(conditions):
-        if label == control:
+    for i, condition in enumerate(conditions):
+        if condition == CONTROL:
             continue
-        if not isinstance(find(file, f"{where}/{name_of[label]}", path), h5py.Dataset):
+        if name_of.get(condition) not in rankings:
             return None
-        ranking = read_array(file, f"{where}/{name_of[label]}", path, "text")
+        ranking = read_text(rankings[name_of[condition]])
         ranked = [row_of[gene_id] for gene_id in ranking if gene_id in row_of][:N_TOP]
         if len(ranked) < min(N_TOP, len(gene_ids)):
             return None
@@ -580,241 +743,383 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids, control):
     return order
 
 
-def read_h5ad(path, args, source):
-    """What stage 03 takes of an AnnData file: X (cells, G) CSR float32 of the cells and genes kept, their gene symbols (G,), the
-    conditions (P,), each cell's condition (cells,), {condition: targets}, and the file's own rankings (P, 20) or None."""
-    with damage_in(source):
-        file = shared.read_h5(path)
-    with file:
-        obs, var, X = (find(file, key, source) for key in ("obs", "var", "X"))
-        for key, found in (("X", X), ("obs", obs), ("var", var)):
-            if found is None:
-                sys.exit(f"error: {source}: no {key} in it: not an AnnData file")
-            if key != "X" and not isinstance(found, h5py.Group):
-                sys.exit(f"error: {source}: {key} is no table of columns; write the file anew with anndata 0.7 or later")
-        index = attribute(var, source, "_index")
-        index = index if isinstance(index, str) else "index"
-        gene_key = args.gene_key or ("gene_name" if find(var, "gene_name", source) is not None else index)
-        if gene_key == "index" and find(var, "index", source) is None:
-            gene_key = index
-        columns = [read_column(var, key, source) for key in (gene_key, index)]
-        if min(codes.min(initial=0) for _, codes in columns) < 0:
-            sys.exit(f"error: {source}: genes without a name in var/{gene_key}; name another column with --gene-key")
-        genes, gene_ids = (values[codes] for values, codes in columns)
-        labels, label_of_cell = read_column(obs, args.condition_key, source)
-        shape = (len(label_of_cell), len(genes))
-        if not all(shape) or len(gene_ids) != len(genes):
-            sys.exit(f"error: {source}: {shape[0]} cells, {shape[1]} genes, {len(gene_ids)} gene ids: nothing to prepare")
-        report_ensembl_ids(genes, gene_key, var, source, args.vocab)
+def read_h5ad(path, args, source, before_expression=lambda: None):
+    """What this stage takes of an AnnData file, as a namespace: X (cells, G) CSR float32 of the cells and genes kept, genes
+    (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and the file's rankings (P, 20) or None.
 
+    before_expression() is called when labels and genes have been read, and before the matrix, which takes longer.
+    """
+    with shared.read_h5(path) as file:
+        check_is_anndata(file, source)
+        matrix, var = find_matrix(file, args.layer, source)
+        genes, gene_ids = read_genes(var, args.gene_key, source)
+        if args.upper_case:
+            genes = np.array([gene.upper() for gene in genes], dtype=object)
+        warn_of_ensembl_ids(genes, var, source, args.vocab)
+        labels, label_of_cell = read_column(file["obs"], args.condition_key, source)
         conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
+        before_expression()
+
+        def blocks():
+            return read_blocks(matrix, source, len(label_of_cell), len(genes))
+
+        totals, is_counts = scan_expression(blocks, len(label_of_cell), args, source)
+        is_empty = (totals == 0) & (cell_condition >= 0)
+        if is_empty.any():
+            print(f"{is_empty.sum():,} cells without any expression left out")
+            cell_condition[is_empty] = -1
         kept = cell_condition >= 0
-        targets = {gene for of in targets_of.values() for gene in of}
-        is_target = np.array([gene in targets for gene in genes])
-        X, chosen = read_cells(lambda: read_blocks(file, source, shape), kept, is_target, args, source)
+        for condition, n in zip(conditions, np.bincount(cell_condition[kept], minlength=len(conditions))):
+            if n == 0:
+                sys.exit(f"error: {source}: no cell of {condition} has any expression; leave it out with --drop")
+        scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
+
+        targets = {gene for of_condition in targets_of.values() for gene in of_condition}
+        is_target = np.isin(genes.astype(str), list(targets))
+        X, chosen = read_expression(blocks, kept, scale, is_target, args.n_genes)
         rankings = None
-        if not (args.normalize or args.target_regex or (label_of_cell < 0).any()):
-            rankings = read_rankings(file, source, conditions, labels[label_of_cell], gene_ids[chosen], args.control)
-    return X, genes[chosen], conditions, cell_condition[kept], targets_of, rankings
+        if not is_counts and (cell_condition >= 0).all() and args.layer is None:
+            rankings = read_rankings(file, source, conditions, conditions[cell_condition], gene_ids[chosen])
+    return SimpleNamespace(X=X, genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
+                           targets_of=targets_of, rankings=rankings)
 
 
-def report_ensembl_ids(genes, gene_key, var, path, vocab):
-    """Say so if genes go by Ensembl ids; end the run for it unless the vocabulary is the dataset's own genes."""
-    n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
-    if n_ids > len(genes) / 2:
-        columns = [key for key in columns_of(var, path) if key != gene_key]
-        message = (f"{path}: var/{shown([gene_key])} holds Ensembl ids ({shown(genes, 1)}), but vocabulary and texts go by gene "
-                   f"symbols; name the column of symbols with --gene-key (there are: {shown(columns, 20) or 'no other columns'})")
-        if vocab != "none":
-            sys.exit(f"error: {message}")
-        print(f"warning: {message}")
+# ---------------------------------------------------------------------------------------------------------------------
+# AnnData files: writing
+
+def write_h5ad(path, made, X, obs, genes, description, control=None):
+    """Write X (rows, genes), dense or CSR, as an AnnData file with obs {column: values}.
+
+    With `control` (genes,), the mean of control cells, it also gets the layers `control` and `delta`. The index of obs is
+    the condition where that is unique. Format: anndata 0.8 and later, which scanpy opens.
+    """
+    index = obs["condition"]
+    if len(set(index)) < len(index):
+        index = [f"{condition} {row}" for row, condition in enumerate(index)]
+    about = {"description": description, "control": CONTROL, **shared.provenance(made)}
+    with shared.write_h5(path, made) as file:
+        mark(file, "anndata", "0.1.0")
+        write_matrix(file, "X", X)
+        write_table(file, "obs", index, obs)
+        write_table(file, "var", genes, {"gene_name": genes})
+        for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
+            mark(file.create_group(name), "dict", "0.1.0")
+        for name in ("description", "control", "command", "date", "versions", "made_from"):
+            file["uns"].create_dataset(name, data=about[name], dtype=h5py.string_dtype())
+            mark(file["uns"][name], "string")
+        if control is not None:
+            write_matrix(file["layers"], "control", np.broadcast_to(control, X.shape))
+            write_matrix(file["layers"], "delta", X - control)
+
+
+def mark(item, kind, version="0.2.0"):
+    """Say what an item of an AnnData file is."""
+    item.attrs.update({"encoding-type": kind, "encoding-version": version})
+
+
+def write_matrix(group, name, X):
+    """Write a dense or CSR matrix as AnnData does."""
+    if isinstance(X, np.ndarray):
+        group[name] = X.astype(np.float32, copy=False)
+        mark(group[name], "array")
+        return
+    matrix = group.create_group(name)
+    mark(matrix, "csr_matrix", "0.1.0")
+    matrix.attrs["shape"] = np.array(X.shape)
+    matrix["data"], matrix["indices"], matrix["indptr"] = X.data, X.indices.astype(np.int32, copy=False), X.indptr
+
+
+def write_table(file, name, index, columns):
+    """Write obs or var: an index and columns {name: values}, texts or numbers."""
+    table = file.create_group(name)
+    mark(table, "dataframe")
+    table.attrs.update({"_index": "_index", "column-order": np.array(list(columns), dtype=h5py.string_dtype())})
+    for column, values in {"_index": index, **columns}.items():
+        if isinstance(values[0], str):
+            shared.write_strings(table, column, values)
+        else:
+            table[column] = np.asarray(values)
+        mark(table[column], "string-array" if isinstance(values[0], str) else "array")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dataset.h5
+
+def number_genes(cells, vocab, source):
+    """Give the genes of the dataset their numbers, as a namespace: names (G,), token_ids (G,), measured (G,) bool, targets
+    (P, K) as positions among them (-1: none), n_tokens and pad_id of the vocabulary.
+
+    Targets that the data does not measure join at the end, with columns of zeros in cells.X. vocab: {symbol: row} of
+    scGPT's vocabulary, or None: every gene is a token of its own.
+    """
+    all_targets = {gene: None for targets in cells.targets_of.values() for gene in targets}
+    n_measured = len(cells.genes)
+    unmeasured = sorted(set(all_targets) - set(cells.genes))
+    names = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
+    cells.X.resize(cells.X.shape[0], len(names))
+
+    if vocab is None:
+        token_ids, n_tokens, pad_id = np.arange(len(names)), len(names) + 1, len(names)
+    else:
+        n_tokens, pad_id = len(vocab), vocab["<pad>"]
+        token_ids = np.array([vocab.get(gene, pad_id) for gene in names])
+        n_known = (token_ids[:n_measured] != pad_id).sum()
+        cause = ("Mouse genes? --upper-case writes them as the human ones" if names[0] != names[0].upper() else
+                 "Are they symbols (--gene-key), and human?")
+        if not n_known:
+            sys.exit(f"error: {source}: none of the {n_measured:,} genes ({shown(names, 2)}) is in the vocabulary. {cause}")
+        if n_known < n_measured / 2:
+            print(f"warning: only {n_known:,} of {n_measured:,} genes are in the vocabulary. {cause}", file=sys.stderr)
+
+    position = {}
+    for i, gene in enumerate(names):
+        if gene in position:  # two genes of one symbol: the first keeps the name, and is what a perturbation flags
+            names[i] = next(name for n in range(1, len(names)) if (name := f"{gene}-{n}") not in names)
+            print(f"{gene} names two genes: the second is called {names[i]} here, a perturbation of {gene} flags the first")
+        position.setdefault(gene, i)
+    targets = np.full((len(cells.conditions), max(1, *map(len, cells.targets_of.values()))), -1, dtype=np.int32)
+    for i, condition in enumerate(cells.conditions):
+        of_condition = cells.targets_of[condition]
+        targets[i, :len(of_condition)] = [position[gene] for gene in of_condition]
+    return SimpleNamespace(names=names, token_ids=token_ids, measured=np.arange(len(names)) < n_measured, targets=targets,
+                           n_tokens=n_tokens, pad_id=pad_id, unmeasured=unmeasured)
+
+
+def write_dataset(path, made, attributes, cells, genes, split, subgroup, mean, de_idx):
+    """Write dataset.h5; load_dataset reads it."""
+    with shared.write_h5(path, made) as file:
+        file.attrs.update(attributes)
+        write_matrix(file, "X", cells.X)
+        shared.write_strings(file, "genes", genes.names)
+        shared.write_strings(file, "conditions", cells.conditions)
+        shared.write_strings(file, "split", [split[condition] for condition in cells.conditions])
+        shared.write_strings(file, "subgroup", [subgroup.get(condition, "") for condition in cells.conditions])
+        file["token_ids"] = genes.token_ids.astype(np.int32)
+        file["measured"] = genes.measured
+        file["cell_condition"] = cells.cell_condition.astype(np.int32)
+        file["targets"] = genes.targets
+        file["mean"] = mean.astype(np.float32)
+        file["de_idx"] = de_idx
+
+
+def load_dataset(path, made_by):
+    """dataset.h5 as a namespace: X (CSR), genes, token_ids, measured, conditions, cell_condition, targets, split, subgroup,
+    mean, de_idx as in the file, its attributes, and ctrl_cells, the indices of the control cells."""
+    arrays = ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx")
+    texts = ("genes", "conditions", "split", "subgroup")
+    with shared.read_h5(path, made_by) as file:
+        data = SimpleNamespace(**{name: file[name][:] for name in arrays}, **{name: file[name].asstr()[:] for name in texts})
+        data.synthetic, data.vocab = bool(file.attrs["synthetic"]), str(file.attrs["vocab"])
+        data.n_tokens, data.pad_id = int(file.attrs["n_tokens"]), int(file.attrs["pad_id"])
+        X = file["X"]
+        shape = (len(data.cell_condition), len(data.genes))
+        data.X = sparse.csr_matrix((X["data"][:], X["indices"][:], X["indptr"][:]), shape=shape)
+    data.ctrl_cells = np.flatnonzero(data.split[data.cell_condition] == "ctrl")
+    return data
+
+
+def print_summary(args, cells, genes, split, subgroup, vocab):
+    """Print what is in the dataset, and what the user should know of it."""
+    n_measured = genes.measured.sum()
+    n_cells = np.bincount(cells.cell_condition, minlength=len(cells.conditions))
+    n_control = n_cells[list(cells.conditions).index(CONTROL)]
+    targets = sorted({gene for of_condition in cells.targets_of.values() for gene in of_condition})
+    n_perturbed = len(cells.conditions) - 1
+    print(f"{cells.X.shape[0]:,} cells ({n_control:,} control), {n_measured:,} genes, {n_perturbed:,} perturbations of "
+          f"{len(targets):,} targets")
+    if vocab is not None:
+        print(f"{(genes.token_ids[genes.measured] != genes.pad_id).sum():,} of {n_measured:,} genes are in the vocabulary")
+    print(f"{len(targets) - len(genes.unmeasured):,} of {len(targets):,} targets are measured")
+    if genes.unmeasured:
+        n_known = (genes.token_ids[~genes.measured] != genes.pad_id).sum()
+        print(f"{len(genes.unmeasured):,} targets join as unmeasured genes ({n_known:,} of them in the vocabulary): "
+              f"{shown(genes.unmeasured)}")
+    without_token = [target for target in targets if vocab is not None and target not in vocab]
+    if without_token:
+        print(f"{len(without_token):,} targets are not in the vocabulary; without a text, the model cannot tell these "
+              f"from each other: {shown(without_token)}")
+    print_text_coverage(args, genes.names, targets)
+    for part in ("train", "val", "test"):
+        groups = [subgroup.get(condition, "") for condition in split if split[condition] == part]
+        if groups or args.split != "none":
+            kinds = "".join(f", {groups.count(group)} {group}" for group in sorted(set(groups)) if group)
+            print(f"{part}: {len(groups)} conditions{kinds}")
+    how = "computed (t-test against control)" if cells.rankings is None else "the file's own rankings"
+    print(f"top {N_TOP} differentially expressed genes: {how}")
+    warn_of_targets(genes, targets, args)
+
+
+def warn_of_targets(genes, targets, args):
+    """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
+    measured = set(genes.names[genes.measured])
+    parts_of = {target: re.split(r"[^A-Za-z0-9.]", target) for target in genes.unmeasured}
+    odd = [target for target, parts in parts_of.items() if len(parts) > 1 and parts[0] in measured]
+    if odd:
+        print(f"warning: {len(odd):,} targets are no genes of the data, but begin with one ({shown(odd, 3)}): are those pairs "
+              f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
+    elif targets and len(genes.unmeasured) == len(targets):
+        print(f"warning: none of the {len(targets)} targets is a measured gene ({shown(sorted(measured), 3)}): are those "
+              "gene symbols? (--gene-key)", file=sys.stderr)
+
+
+def print_text_coverage(args, genes, targets):
+    """Print how many of the genes and of the targets each source of stage 01 has a text for."""
+    path = args.root / "data" / shared.space_of(args.dataset) / "annotations.h5"
+    if not path.exists():
+        print(f"genes with text: not known before {shared.command('01_fetch_annotations.py', args)}")
+        return
+    with shared.read_h5(path) as file:
+        with_text = {source: set(group["genes"].asstr()[:]) for source, group in file.items()}
+    for what, names in (("genes", set(genes)), ("targets", set(targets))):
+        counts = [f"{source} {len(of_source & names):,}" for source, of_source in with_text.items()]
+        print(f"{what} with text, of {len(names):,}: {', '.join(counts)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def parse_arguments():
+    parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
+    add = parser.add_argument
+    add("--h5ad", type=Path, metavar="FILE", help="an AnnData file, also gzipped or in a zip")
+    add("--condition-key", default="condition", metavar="COLUMN", help="obs column with the labels (default: condition)")
+    add("--control", nargs="+", default=[CONTROL], metavar="LABEL",
+        help="labels of control cells, also as patterns such as 'NT-*' (default: ctrl)")
+    add("--drop", nargs="*", metavar="LABEL", help="labels of cells to leave out, also as patterns, besides the usual words "
+        "for no known perturbation (unassigned, doublet, nan, ...); without a value, those words are kept")
+    add("--separator", default="+", metavar="TEXT", help="what stands between the targets of a label (default: +)")
+    add("--target-regex", metavar="REGEX", help="finds the targets in a label, or in each of its parts: its groups are the "
+        "targets, as in '(.+)_g[0-9]+' for KLF1_g2")
+    add("--min-cells", type=int, default=0, metavar="N", help="leave out conditions of fewer cells (default: 0)")
+    add("--gene-key", metavar="COLUMN", help="var column with symbols, or index (default: gene_name, else the index)")
+    add("--upper-case", action="store_true", help="write symbols in capitals, which maps mouse genes to human ones")
+    add("--layer", metavar="NAME", help="read this layer, or raw, instead of X")
+    add("--normalize", action="store_true", help="the values are raw counts: scale to the median total, then log1p")
+    add("--n-genes", type=int, metavar="N",
+        help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
+    add("--split", default="simulation", metavar="simulation|none|FILE.json", help="the paper's split; none, to train on "
+        'everything; or {"train": [label, ...], "val": [...], "test": [...]} (default: simulation)')
+    add("--split-seed", type=shared.seed, default=1, metavar="N",
+        help="seed of the simulation split (default: 1, the paper's)")
+    add("--vocab", metavar="FILE|none", help="vocabulary that numbers the genes (default: scGPT's, fetched to "
+        "data/human/scgpt/; none: the dataset's own genes, to train without pretrained weights; the demo: none)")
+    args = parser.parse_args()
+
+    if shared.space_of(args.dataset) == "demo":
+        args.vocab = "none"
+        if args.h5ad:
+            sys.exit("error: --h5ad needs a name of its own: --dataset NAME")
+    elif not args.h5ad and args.dataset not in DATASETS:
+        sys.exit(f"error: unknown dataset {args.dataset!r}: demo, {', '.join(DATASETS)}, or your own with --h5ad FILE")
+    for path in (args.h5ad, args.vocab, args.split):
+        if path not in (None, "none", "simulation") and not Path(path).exists():
+            sys.exit(f"error: {path} does not exist")
+    if not args.separator or args.separator in args.control:
+        sys.exit(f"error: --separator {args.separator!r}: expected what stands between targets, as + or _")
+    if args.min_cells < 0 or args.n_genes is not None and args.n_genes < 1:
+        sys.exit("error: --min-cells and --n-genes expect numbers from 0 and 1 on")
+    try:
+        if args.target_regex is not None and re.compile(args.target_regex).groups < 1:
+            sys.exit(f"error: --target-regex {args.target_regex!r}: put the target in parentheses, as in '(.+)_g[0-9]+'")
+    except re.error as error:
+        sys.exit(f"error: --target-regex {args.target_regex!r}: not a regular expression ({error})")
+    return args
+
+
+def fetch_cells(args, folder):
+    """The file with the cells (None for the demo), downloaded if need be, and the SHA-256 of the h5ad in it if known."""
+    if args.h5ad or args.dataset not in DATASETS:
+        return args.h5ad, None
+    url, size, sha256 = DATASETS[args.dataset]
+    return shared.download(url, folder / f"{args.dataset}.zip", size=size), sha256
+
+
 def read_vocab(path):
-    """The vocabulary {symbol: row} of a scGPT vocab.json. Ends the run for anything else."""
-    if not Path(path).exists():
-        sys.exit(f"error: {path} does not exist; --vocab takes scGPT's vocab.json, or none")
+    """A scGPT vocab.json, {symbol: row}."""
     vocab = shared.read_json(path, int)
     if sorted(vocab.values()) != list(range(len(vocab))) or "<pad>" not in vocab:
         sys.exit(f'error: {path}: expected {{"SYMBOL": row, ...}} with rows from 0 on and a "<pad>"')
     return vocab
 
 
-def warn_of_targets(unmeasured, all_targets, measured, args):
-    """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
-    parts_of = {target: re.split(r"[^A-Za-z0-9.]", target) for target in unmeasured}
-    odd = [target for target, parts in parts_of.items() if len(parts) > 1 and parts[0] in measured]
-    if missing := [target for target in unmeasured if target.lower() in ("nan", "none", "na")]:
-        print(f"warning: {shown(missing)} counts as a target; if those cells have no condition, take them out first", file=sys.stderr)
-    if odd:
-        print(f"warning: {len(odd):,} targets are no genes of the data, but begin with one ({shown(odd, 3)}): are those pairs "
-              f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
-    elif len(unmeasured) == len(all_targets):
-        print(f"warning: none of the {len(all_targets)} targets is a measured gene ({shown(sorted(measured), 3)}): are those gene symbols? "
-              "(--gene-key)", file=sys.stderr)
+def dataset_made_from(args, source, vocab_path):
+    """`made_from` of dataset.h5: the options and files that decide it."""
+    options = {name: getattr(args, name) for name in (
+        "condition_key", "control", "drop", "separator", "target_regex", "min_cells", "gene_key", "upper_case", "layer",
+        "normalize", "n_genes", "split_seed")}
+    options["split"] = args.split if args.split in ("simulation", "none") else "file"
+    files = {"cells": source, "vocabulary": vocab_path, "split": Path(args.split) if options["split"] == "file" else None}
+    return shared.made_from(options, {name: shared.fingerprint(file) for name, file in files.items() if file})
 
 
-def text_coverage(path, genes, targets, dataset):
-    """How many of the genes and of the targets each source of stage 01 has a text for; what to run where there is none yet."""
-    stage_01 = "01_fetch_annotations.py" + ("" if dataset == "demo" else f" --dataset {dataset}")
-    if not path.exists():
-        return f"genes with text: not known before python {stage_01}"
-    with shared.open_h5(path, stage_01) as file:
-        with_text = {name: set(find(file, f"{name}/genes", path).asstr()[:]) for name in shared.in_order(file)}
-    return "\n".join(f"{what} with text, of {len(names):,}: " + ", ".join(f"{name} {len(of & names):,}" for name, of in with_text.items())
-                     for what, names in (("genes", set(genes)), ("targets", set(targets))))
-
-
-def options():
-    parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
-    parser.add_argument("--h5ad", type=Path, metavar="FILE", help="an AnnData file, or a zip with one in it")
-    parser.add_argument("--condition-key", default="condition", metavar="COLUMN", help="obs column with the conditions (default: condition)")
-    parser.add_argument("--control", default="ctrl", metavar="LABEL", help="label of unperturbed cells (default: ctrl)")
-    parser.add_argument("--separator", default="+", metavar="TEXT",
-                        help="what stands between the targets of a label, as _ in KLF1_MAP2K6 (default: +)")
-    parser.add_argument("--target-regex", metavar="REGEX", help="collapses guides: where it matches the whole of a guide's name, its "
-                        "first group is the target, as '(.+)_g[0-9]+' for KLF1_g2")
-    parser.add_argument("--min-cells", type=int, default=0, metavar="N", help="leave out conditions of fewer cells (default: 0)")
-    parser.add_argument("--gene-key", metavar="COLUMN", help="var column with gene symbols, or index (default: gene_name, else the index)")
-    parser.add_argument("--normalize", action="store_true", help="X holds raw counts: scale to the median total, then log1p")
-    parser.add_argument("--n-genes", type=int, metavar="N",
-                        help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
-    parser.add_argument("--split", default="simulation", metavar="simulation|FILE.json",
-                        help='the paper\'s split, or a file {"train": [label, ...], "val": [...], "test": [...]} (default: simulation)')
-    parser.add_argument("--split-seed", type=shared.seed, default=1, metavar="N", help="seed of the simulation split (default: 1, the paper's)")
-    parser.add_argument("--vocab", metavar="FILE|none", help="vocabulary that numbers the genes (default: scGPT's, fetched to "
-                        "data/human/scgpt/; none: the dataset's own genes, to train without pretrained weights; the demo: none)")
-    args = parser.parse_args()
-    if not args.separator or args.separator == args.control:
-        sys.exit(f"error: --separator {args.separator!r}: expected what stands between targets, as + or _")
-    if args.min_cells < 0 or args.n_genes is not None and args.n_genes < 1:
-        sys.exit("error: --min-cells and --n-genes expect numbers from 0 and 1 on")
-    try:
-        if args.target_regex is not None and re.compile(args.target_regex).groups < 1:
-            sys.exit(f"error: --target-regex {args.target_regex!r}: put the part that is the target in parentheses, as '(.+)_g[0-9]+'")
-    except re.error as error:
-        sys.exit(f"error: --target-regex {args.target_regex!r}: not a regular expression ({error})")
-    return args
+def next_command(args, has_vocab):
+    """The command that trains on the dataset: the default variants need vectors of go_all."""
+    words = [] if has_vocab or args.dataset == "demo" else ["--no-pretrained"]
+    embeddings = args.root / "data" / shared.space_of(args.dataset) / "embeddings"
+    sources = sorted({file.name.split(".")[0] for file in embeddings.glob("*.*.*.h5")})
+    if sources and "go_all" not in sources:
+        words += ["--variant", "scgpt", f"scgenept_{sources[0]}"]
+    return shared.command("04_train.py", args, *words)
 
 
 def main():
-    args = options()
-    is_demo = shared.space_of(args.dataset) == "demo"
+    args = parse_arguments()
     folder = args.root / "data" / args.dataset
     path = folder / "dataset.h5"
-    if is_demo and args.h5ad:
-        sys.exit("error: --h5ad needs a name of its own: --dataset NAME")
-    if not is_demo and not args.h5ad and args.dataset not in DATASETS:
-        sys.exit(f"error: unknown dataset {args.dataset!r}: one of demo, {', '.join(DATASETS)}, or your own with --h5ad FILE")
-    if args.h5ad and not args.h5ad.exists():
-        sys.exit(f"error: --h5ad {args.h5ad} does not exist")
     folder.mkdir(parents=True, exist_ok=True)
+    source, sha256 = fetch_cells(args, folder)
+    has_vocab = args.vocab != "none"
+    vocab_path = Path(args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json") if has_vocab else None
 
-    # Inputs, and whether anything is to be done
-    vocab_path = None
-    if args.vocab not in (None, "none"):
-        vocab_path = Path(args.vocab)
-    elif args.vocab is None and not is_demo:
-        vocab_path = shared.download(shared.VOCAB, args.root / "data" / "human" / "scgpt" / "vocab.json")
-    vocab = read_vocab(vocab_path) if vocab_path else None
-    source, sha256 = args.h5ad, None
-    if not is_demo and source is None:
-        url, size, sha256 = DATASETS[args.dataset]
-        source = shared.download(url, folder / f"{args.dataset}.zip", size=size)
-    inputs = [p for p in (source, vocab_path, None if args.split == "simulation" else Path(args.split)) if p]
-    made = shared.made_from({"condition_key": args.condition_key, "control": args.control, "gene_key": args.gene_key,
-                             "separator": args.separator, "target_regex": args.target_regex, "min_cells": args.min_cells,
-                             "normalize": args.normalize, "n_genes": args.n_genes,
-                             "split": "simulation" if args.split == "simulation" else "file",
-                             "split_seed": args.split_seed, "vocab": "file" if vocab else "none"}, inputs)
-    sources = sorted({file.name.split(".")[0] for file in (args.root / "data" / shared.space_of(args.dataset) / "embeddings").glob("*.*.*.h5")})
-    variants = f" --variant scgpt scgenept_{sources[0]}" if sources and "go_all" not in sources else ""  # the default needs go_all
-    next_command = "next: python 04_train.py" + ("" if is_demo else f" --dataset {args.dataset}{'' if vocab else ' --no-pretrained'}{variants}")
-    if shared.is_current(path, made, args.force):
-        print(next_command)
+    def is_done():
+        return shared.is_current(path, dataset_made_from(args, source, vocab_path), args.force)
+
+    if (not has_vocab or vocab_path.exists()) and is_done():
+        print(f"next: {next_command(args, has_vocab)}")
         return
 
-    # Cells, conditions and their targets
-    if is_demo:
-        X, genes, labels = simulate_demo()
+    # Cells; the vocabulary is fetched when labels and genes have been found to be in order
+    def fetch_vocab():
+        if has_vocab:
+            shared.download(shared.VOCAB, vocab_path)
+
+    if source is None:
         print("SYNTHETIC cells: a simulated screen, for trying the kit; its numbers say nothing about biology")
-        genes = np.array(genes, dtype=object)
-        conditions, cell_condition, targets_of = choose_conditions(*np.unique(labels, return_inverse=True), genes, args, "the demo")
-        X, cell_condition, rankings = X[cell_condition >= 0], cell_condition[cell_condition >= 0], None
+        cells = read_demo(args)
     else:
-        with as_h5ad(source, folder, sha256) as h5ad:
-            X, genes, conditions, cell_condition, targets_of, rankings = read_h5ad(h5ad, args, source)
-    n_cells = np.bincount(cell_condition, minlength=len(conditions))
-    ctrl = int(np.flatnonzero(conditions == args.control)[0])
-    n_measured = len(genes)
-    measured = set(genes)
-    all_targets = {gene: None for targets in targets_of.values() for gene in targets}  # ordered, unique
-    unmeasured = sorted(gene for gene in all_targets if gene not in measured)
-    genes = np.concatenate([genes, np.array(unmeasured, dtype=object)])
-    X.resize(X.shape[0], len(genes))
-    column = {gene: i for i, gene in reversed(list(enumerate(genes)))}  # the first of a symbol that stands twice
-    targets = np.full((len(conditions), max(map(len, targets_of.values()))), -1, dtype=np.int32)
-    for i, label in enumerate(conditions):
-        targets[i, :len(targets_of[label])] = [column[gene] for gene in targets_of[label]]
+        try:
+            cells = read_h5ad(open_cells(source, folder, sha256), args, source, fetch_vocab)
+        finally:
+            (folder / ".unpacked.h5ad").unlink(missing_ok=True)
 
-    # Tokens
-    if vocab is None:
-        token_ids, n_tokens, pad_id = np.arange(len(genes)), len(genes) + 1, len(genes)
+    # Genes, split, means and differential expression
+    vocab = read_vocab(vocab_path) if has_vocab else None
+    genes = number_genes(cells, vocab, source)
+    split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes))
+    ctrl = list(cells.conditions).index(CONTROL)
+    n_cells = np.bincount(cells.cell_condition, minlength=len(cells.conditions))
+    mean, variance = moments(cells.X, cells.cell_condition, len(cells.conditions))
+    if cells.rankings is None:
+        de_idx = rank_de(mean, variance, n_cells, ctrl, genes.measured.sum())
     else:
-        n_tokens, pad_id = len(vocab), vocab["<pad>"]
-        token_ids = np.array([vocab.get(gene, pad_id) for gene in genes])
-        if (token_ids[:n_measured] == pad_id).all():
-            sys.exit(f"error: {source}: none of the {n_measured:,} genes ({shown(genes, 2)}) is in {vocab_path}: "
-                     "are those gene symbols? Name their var column with --gene-key")
+        de_idx = top_genes(cells.rankings, ctrl)
 
-    # Split
-    perturbed = {label: t for label, t in targets_of.items() if t}
-    split, subgroup = (split_conditions(perturbed, args.split_seed) if args.split == "simulation"
-                       else split_from_json(args.split, perturbed))
-    split[args.control] = "ctrl"
-    for name in ("train", "val", "test"):
-        if name not in split.values():
-            sys.exit(f"error: the split leaves no condition for {name} ({len(perturbed)} perturbations); give your own with --split FILE.json")
+    attributes = {"dataset": args.dataset, "synthetic": source is None, "n_tokens": genes.n_tokens, "pad_id": genes.pad_id,
+                  "vocab": shared.fingerprint(vocab_path) if has_vocab else "own genes"}
+    made = dataset_made_from(args, source, vocab_path)
+    write_dataset(path, made, attributes, cells, genes, split, subgroup, mean, de_idx)
+    print_summary(args, cells, genes, split, subgroup, vocab)
+    print(f"wrote {path}\nnext: {next_command(args, has_vocab)}")
 
-    # Differential expression
-    mean, variance = moments(X, cell_condition, len(conditions))
-    de_idx = rank_de(mean, variance, n_cells, ctrl, n_measured) if rankings is None else top_genes(rankings, ctrl)
 
-    with shared.write_h5(path, made) as file:
-        file.attrs.update({"dataset": args.dataset, "synthetic": is_demo, "control": args.control, "n_tokens": n_tokens, "pad_id": pad_id,
-                           "vocab": "own genes" if vocab is None else shared.fingerprint(vocab_path)})
-        if source and not args.h5ad and Path(f"{source}.sha256").exists():  # of a download without a known checksum
-            file.attrs["source_sha256"] = Path(f"{source}.sha256").read_text(errors="replace")[:64]
-        group = file.create_group("X")
-        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array(X.shape)})
-        group["data"], group["indices"], group["indptr"] = X.data, X.indices.astype(np.int32, copy=False), X.indptr
-        for name, strings in (("genes", genes), ("conditions", conditions), ("split", [split[c] for c in conditions]),
-                              ("subgroup", [subgroup.get(c, "") for c in conditions])):
-            shared.write_strings(file, name, strings)
-        file["token_ids"] = token_ids.astype(np.int32)
-        file["measured"] = np.arange(len(genes)) < n_measured
-        file["cell_condition"] = cell_condition.astype(np.int32)
-        file["targets"] = targets
-        file["mean"] = mean.astype(np.float32)
-        file["de_idx"] = de_idx
-
-    print(f"{X.shape[0]:,} cells ({n_cells[ctrl]:,} control), {n_measured:,} genes, {len(perturbed):,} perturbations of {len(all_targets):,} targets")
-    if vocab is not None:
-        print(f"{(token_ids[:n_measured] != pad_id).sum():,} of {n_measured:,} genes are in the vocabulary")
-    print(f"{len(all_targets) - len(unmeasured):,} of {len(all_targets):,} targets are measured"
-          + (f"; {len(unmeasured):,} join as unmeasured genes ({(token_ids[n_measured:] != pad_id).sum():,} of them in the vocabulary): "
-             + shown(unmeasured) if unmeasured else ""))
-    if nameless := sorted(target for target in all_targets if vocab is not None and target not in vocab):
-        print(f"{len(nameless):,} targets are not in the vocabulary; the network cannot tell these from each other: {shown(nameless)}")
-    print(text_coverage(args.root / "data" / shared.space_of(args.dataset) / "annotations.h5", genes, all_targets, args.dataset))
-    for name in ("train", "val", "test"):
-        groups = [subgroup.get(label, "") for label in perturbed if split[label] == name]
-        print(f"{name}: {len(groups)} conditions" + "".join(f", {groups.count(g)} {g}" for g in sorted(set(groups)) if g))
-    print(f"top {N_TOP} differentially expressed genes: " + ("computed (t-test against control)" if rankings is None else "the file's own rankings"))
-    warn_of_targets(unmeasured, all_targets, measured, args)
-    print(f"wrote {path}\n{next_command}")
+def read_demo(args):
+    """The demo's cells, as read_h5ad gives those of a file."""
+    X, genes, labels = simulate_demo()
+    genes = np.array(genes, dtype=object)
+    labels, label_of_cell = np.unique(labels, return_inverse=True)
+    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, "the demo")
+    kept = cell_condition >= 0
+    return SimpleNamespace(X=X[kept], genes=genes, conditions=conditions, cell_condition=cell_condition[kept],
+                           targets_of=targets_of, rankings=None)
 
 
 if __name__ == "__main__":
