@@ -1,34 +1,37 @@
-"""Metrics of perturbation prediction on mean expression profiles. This file stands alone: it imports numpy only.
+"""Metrics of perturbation prediction on mean expression profiles. This file stands alone: it imports numpy
+only.
 
     scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value a condition}
     scores |= evaluate_specific(pred, true, perturbed_mean)      # do predictions tell perturbations apart?
     mean, half_width = interval95(values_of_seeds)
 
-Sources: MSE, Pearson and Pearson delta on all and on the top 20 differentially expressed genes are those of GEARS
-(Roohani et al., Nature Biotechnology 2024) and scGenePT (Istrate et al. 2024); the specific ones those of Systema (Nature
-Biotechnology 2025).
+Sources: MSE, Pearson and Pearson delta on all and on the top 20 differentially expressed genes are those of
+GEARS (Roohani et al., Nature Biotechnology 2024) and scGenePT (Istrate et al. 2024); the specific ones those
+of Systema (Nature Biotechnology 2025).
 """
 import numpy as np
 
 # 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom
-T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-         2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-         2.0452, 2.0423)
+T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+         2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+         2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)
 
 
 def evaluate(pred, true, ctrl, de_idx):
     """Compare predicted with measured mean profiles, condition by condition.
 
     pred, true (P, G): mean expression of each condition; ctrl (G,): mean expression of the control cells;
-    de_idx (P, 20): top differentially expressed genes of each condition, -1 = none (with fewer genes than 20).
-    Returns arrays of (P,): mse_*, pearson_* (of the profiles) and pearson_delta_* (of their differences to ctrl), on all
-    genes and on the top 20. A correlation that is undefined (a constant profile) counts as 0.
-    Raises ValueError for shapes that disagree.
+    de_idx (P, 20): top differentially expressed genes of each condition, -1 = none (with fewer genes than
+    20). Returns arrays of (P,): mse_*, pearson_* (of the profiles) and pearson_delta_* (of their differences
+    to ctrl), on all genes and on the top 20. A correlation that is undefined (a constant profile) counts as
+    0. Raises ValueError for shapes that disagree.
     """
     pred, true, ctrl = (np.asarray(a, dtype=np.float64) for a in (pred, true, ctrl))
     de_idx = np.asarray(de_idx)
-    if pred.ndim != 2 or pred.shape != true.shape or ctrl.shape != pred.shape[1:] or len(de_idx) != len(pred) or de_idx.ndim != 2:
-        raise ValueError(f"shapes disagree: pred {pred.shape}, true {true.shape}, ctrl {ctrl.shape}, de_idx {de_idx.shape}")
+    fit = pred.ndim == de_idx.ndim == 2 and pred.shape == true.shape and ctrl.shape == pred.shape[1:]
+    if not fit or len(de_idx) != len(pred):
+        raise ValueError(f"shapes disagree: pred {pred.shape}, true {true.shape}, ctrl {ctrl.shape}, "
+                         f"de_idx {de_idx.shape}")
     if de_idx.size and (de_idx.min() < -1 or de_idx.max() >= pred.shape[1]):
         raise ValueError(f"de_idx names genes outside 0..{pred.shape[1] - 1}")
     rows = np.arange(len(pred))[:, None]
@@ -45,23 +48,25 @@ def evaluate(pred, true, ctrl, de_idx):
 def evaluate_specific(pred, true, perturbed_mean):
     """Whether predictions say more than what all perturbations have in common.
 
-    pred, true (P, G): mean expression of each condition; perturbed_mean (G,): mean profile of the training perturbations.
-    Returns arrays of (P,): pearson_systema, the correlation of the differences to that mean over all genes (0 where
-    undefined), and centroid_accuracy, the share of the other conditions whose true profile lies farther (Euclidean) from
-    the prediction than the condition's own does: on average a half for predictions that tell nothing apart, NaN for a single
-    condition.
+    pred, true (P, G): mean expression of each condition; perturbed_mean (G,): mean profile of the training
+    perturbations. Returns arrays of (P,): pearson_systema, the correlation of the differences to that mean
+    over all genes (0 where undefined), and centroid_accuracy, the share of the other conditions whose true
+    profile lies farther (Euclidean) from the prediction than the condition's own does: on average a half for
+    predictions that tell nothing apart, NaN for a single condition.
     """
     pred, true = np.asarray(pred, dtype=np.float64), np.asarray(true, dtype=np.float64)
     # |p - t|^2 less |p|^2, which is the same for all t: (P, P), row: prediction, column: true profile
     distance = (true ** 2).sum(1) - 2 * pred @ true.T
     own = np.diag(distance)[:, None]
     farther = (distance > own).sum(1) / (len(pred) - 1) if len(pred) > 1 else np.full(len(pred), np.nan)
-    return {"pearson_systema": pearson(pred - perturbed_mean, true - perturbed_mean, np.ones(pred.shape, dtype=bool)),
+    every = np.ones(pred.shape, dtype=bool)
+    return {"pearson_systema": pearson(pred - perturbed_mean, true - perturbed_mean, every),
             "centroid_accuracy": farther}
 
 
 def pearson(a, b, is_used):
-    """Pearson correlation of each row of `a` with the same row of `b` over the entries in use; all (P, G) -> (P,).
+    """Pearson correlation of each row of `a` with the same row of `b` over the entries in use; all (P, G) ->
+    (P,).
 
     0 where it is undefined: where a row is constant up to rounding.
     """
@@ -85,8 +90,8 @@ def _mean(a, is_used):
 
 
 def interval95(values):
-    """Mean of `values` (n,), say one a seed, and the half width of its 95% confidence interval by Student's t; the half
-    width of a single value is NaN."""
+    """Mean of `values` (n,), say one a seed, and the half width of its 95% confidence interval by Student's
+    t; the half width of a single value is NaN."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if n < 2:

@@ -3,22 +3,29 @@
 This file stands alone: copy it anywhere, it imports torch and numpy only.
 
     import numpy as np, model
-    net = model.load_released("best_model_seed_42.pt")                 # a released file, or model.load("model.pt") for own ones
+    net = model.load("model.pt")                       # the authors' files: model.load_released("best_model_seed_42.pt")
     predicted = model.predict(net, gene_ids, control, perturbed_idx=[7])
 
-`gene_ids` (G,) are rows of the scGPT vocabulary (vocab.json; `<pad>` for genes that it does not have), `control` (N, G)
-is the log-normalized expression of N unperturbed cells, zeros included, and `perturbed_idx` says which of the G genes are
-perturbed: positions in `gene_ids`, not vocabulary rows. `predicted` (N, G) is in the units of `control`.
+`gene_ids` (G,) are rows of the scGPT vocabulary (vocab.json; `<pad>` for genes that it does not have),
+`control` (N, G) is the log-normalized expression of N unperturbed cells, zeros included, and `perturbed_idx`
+says which of the G genes are perturbed: positions in `gene_ids`, not vocabulary rows. `predicted` (N, G) is
+in the units of `control`.
 
 For a cell with genes g_1..g_L, expression c_1..c_L and flags p_1..p_L (1 = perturbed, else 0):
 
     x_j = LN(E_tok[g_j]) + V(c_j) + E_pert[p_j] + sum over language sources s of LN(W_s E_s[g_j] + b_s)
     h   = TransformerEncoder(LN(x));   prediction_j = D(h_j)
 
+ONNX (needs onnxscript), for any number of cells and genes, the arguments being an example of those of
+`forward`:
+
+    cells, genes = torch.export.Dim("cells"), torch.export.Dim("genes")
+    torch.onnx.export(net, (gene_ids, expression, perturbed), "net.onnx", dynamo=True,
+                      dynamic_shapes=({0: genes}, {0: cells, 1: genes}, {0: cells, 1: genes}))
+
 scGPT: Cui et al., Nature Methods 2024. scGenePT: Istrate, Li, Karaletsos, bioRxiv 2024, Eq. 1-8.
 """
 import os
-import zipfile
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -32,7 +39,7 @@ PRETRAINED_PARTS = ("encoder.", "value_encoder.", "transformer_encoder.")  # wha
 
 @dataclass
 class Config:
-    """Sizes and parts of a network; the defaults are scGPT's (whole-human)."""
+    """Sizes and parts of a model; the defaults are scGPT's (whole-human)."""
     n_tokens: int = 60697          # rows of the vocabulary
     pad_id: int = 60694            # the row of <pad>, which is never trained
     d_model: int = 512
@@ -45,7 +52,7 @@ class Config:
     has_counts: bool = True        # V; off in genePT and scGPT (-counts)
     languages: dict = field(default_factory=dict)  # language source -> width of its vectors
     n_language_rows: int = 0       # genes that have a row in the language tables
-    # Ways of aligning language with the rest (paper, appendix A.2); the released models have the layer norm alone
+    # Ways of joining language with the rest (paper, appendix A.2); released models have the layer norm alone
     layer_norm: bool = True          # of the sum, before the encoder
     batch_norm: bool = False         # of the sum, before the encoder
     normalize_language: bool = False # language vectors scaled to length 1 before their projection
@@ -80,7 +87,8 @@ class ValueEncoder(nn.Module):
 
 
 class LanguageEncoder(nn.Module):
-    """Trainable language-model vectors of the genes' texts, projected to the width of the network: E_s, W_s, b_s."""
+    """Trainable language-model vectors of the genes' texts, projected to the width of the model: E_s, W_s,
+    b_s."""
     def __init__(self, config, d_language):
         super().__init__()
         self.normalize = config.normalize_language
@@ -90,7 +98,7 @@ class LanguageEncoder(nn.Module):
 
     def forward(self, rows, is_pad):  # (L,), (L,) -> (L, d)
         vectors = self.embedding(rows)
-        vectors = torch.where(is_pad.unsqueeze(-1), vectors.detach(), vectors)  # the vector of <pad> is not trained
+        vectors = torch.where(is_pad.unsqueeze(-1), vectors.detach(), vectors)  # that of <pad> is not trained
         return self.enc_norm(self.proj(F.normalize(vectors, dim=-1) if self.normalize else vectors))
 
 
@@ -106,18 +114,19 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, log_copies=None):  # (B, L, d), (L,) -> (B, L, d)
+    def forward(self, x):  # (B, L, d) -> (B, L, d)
         B, L, d = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3d)
-        qkv = qkv.view(B, L, 3, self.n_heads, d // self.n_heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, d/heads)
+        qkv = qkv.view(B, L, 3, self.n_heads, d // self.n_heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, d/heads)
         q, k, v = qkv.contiguous() if x.device.type == "cpu" else qkv  # a CPU is 5% faster so
-        mask = None if log_copies is None else log_copies.view(1, 1, 1, L)  # n genes alike weigh as much as n times one of them
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, d))
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer; computes what nn.TransformerEncoderLayer does, with its parameter names."""
+    """Post-norm transformer layer; computes what nn.TransformerEncoderLayer does, with its parameter
+    names."""
     def __init__(self, config):
         super().__init__()
         self.self_attn = SelfAttention(config)
@@ -127,8 +136,8 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, log_copies=None):  # (B, L, d), (L,) -> (B, L, d)
-        x = self.norm1(x + self.dropout(self.self_attn(x, log_copies)))
+    def forward(self, x):  # (B, L, d) -> (B, L, d)
+        x = self.norm1(x + self.dropout(self.self_attn(x)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
@@ -138,25 +147,28 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
 
-    def forward(self, x, log_copies=None):  # (B, L, d), (L,) -> (B, L, d)
+    def forward(self, x):  # (B, L, d) -> (B, L, d)
         for layer in self.layers:
-            x = layer(x, log_copies)
+            x = layer(x)
         return x
 
 
 class Decoder(nn.Module):
-    """Predicted expression from each gene's final vector: D. Its output is linear, hence can be slightly negative."""
+    """Predicted expression from each gene's final vector: D. Its output is linear, hence can be slightly
+    negative."""
     def __init__(self, config):
         super().__init__()
         d = config.d_model
-        self.fc = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
+        self.fc = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(),
+                                nn.Linear(d, d), nn.LeakyReLU(),
+                                nn.Linear(d, 1))
 
     def forward(self, x):  # (B, L, d) -> (B, L)
         return self.fc(x).squeeze(-1)
 
 
 class ScGenePT(nn.Module):
-    """The network of scGPT (no language source), scGenePT (tokens, counts, language) and genePT (language alone)."""
+    """scGPT (no language source), scGenePT (tokens, counts, language) or genePT (language alone)."""
     def __init__(self, config):
         super().__init__()
         if config.d_model % config.n_heads:
@@ -164,19 +176,22 @@ class ScGenePT(nn.Module):
         self.config = config
         self.encoder = GeneEncoder(config) if config.has_tokens else None
         self.value_encoder = ValueEncoder(config) if config.has_counts else None
-        self.pert_encoder = nn.Embedding(3, config.d_model, padding_idx=2)  # not perturbed, perturbed, padding (unused)
-        self.language_encoders = nn.ModuleDict({source: LanguageEncoder(config, width) for source, width in config.languages.items()})
+        self.pert_encoder = nn.Embedding(3, config.d_model, padding_idx=2)  # not perturbed, perturbed, unused
+        self.language_encoders = nn.ModuleDict(
+            {source: LanguageEncoder(config, width) for source, width in config.languages.items()})
         if config.languages:  # vocabulary row -> row of the language tables, -1 = none
             self.register_buffer("language_rows", torch.full((config.n_tokens,), -1))
         self.ln = nn.LayerNorm(config.d_model) if config.layer_norm else nn.Identity()
         self.bn = nn.BatchNorm1d(config.d_model) if config.batch_norm else None
-        self.modality_weights = nn.Parameter(torch.ones(3 + len(config.languages))) if config.modality_weights else None
+        n_parts = 3 + len(config.languages)
+        self.modality_weights = nn.Parameter(torch.ones(n_parts)) if config.modality_weights else None
         self.transformer_encoder = Encoder(config)
         self.language_transformer = Encoder(config) if config.two_encoders else None
         self.decoder = Decoder(config)
 
     def set_language(self, token_ids, vectors):
-        """Give the genes `token_ids` (R,), unique vocabulary rows, the starting `vectors`: {source: (R, width)}."""
+        """Give the genes `token_ids` (R,), unique vocabulary rows, the starting `vectors`: {source: (R,
+        width)}."""
         self.language_rows.fill_(-1)
         self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = torch.arange(len(token_ids))
         with torch.no_grad():
@@ -184,37 +199,44 @@ class ScGenePT(nn.Module):
                 encoder.embedding.weight.copy_(torch.as_tensor(vectors[source]))
 
     def add_language(self, token_ids, vectors):
-        """Give further genes, vocabulary rows (R,) that had no row in the language tables, their vectors {source: (R, width)}."""
-        n_rows = self.config.n_language_rows
-        self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = torch.arange(n_rows, n_rows + len(token_ids), device=self.language_rows.device)
-        self.config.n_language_rows = n_rows + len(token_ids)
+        """Give further genes, vocabulary rows (R,) that had none in the language tables, vectors {source: (R,
+        width)}."""
+        n_before, n_after = self.config.n_language_rows, self.config.n_language_rows + len(token_ids)
+        new_rows = torch.arange(n_before, n_after, device=self.language_rows.device)
+        self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = new_rows
+        self.config.n_language_rows = n_after
         for source, encoder in self.language_encoders.items():
             old = encoder.embedding.weight.detach()
-            encoder.embedding = nn.Embedding.from_pretrained(torch.cat([old, torch.as_tensor(vectors[source]).to(old)]), freeze=False)
+            table = torch.cat([old, torch.as_tensor(vectors[source]).to(old)])
+            encoder.embedding = nn.Embedding.from_pretrained(table, freeze=False)
 
-    def forward(self, gene_ids, expression, perturbed, log_copies=None):
+    def forward(self, gene_ids, expression, perturbed):
         """Predicted expression after the perturbation.
 
-        gene_ids (L,) int64: vocabulary rows of the genes, the same for all cells of the batch
-        expression (B, L): log-normalized expression before; perturbed (B, L): 1 or True where the gene is perturbed
-        log_copies (L,): logarithm of how many genes each of them stands for, where genes alike are given once; `predict` does
-        returns (B, L), in the units of `expression`
+        gene_ids (L,) int64: vocabulary rows of the genes, the same for all cells of the batch expression (B,
+        L): log-normalized expression before; perturbed (B, L): 1 or True where the gene is perturbed returns
+        (B, L), in the units of `expression`
         """
+        # What depends on the gene alone is computed once per batch: (L, d). Absent parts are 0.
+        tokens = self.encoder(gene_ids) if self.encoder is not None else 0
         is_pad = gene_ids == self.config.pad_id
-        not_perturbed_vector, perturbed_vector = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
-        # What depends on the gene alone is computed once a batch, not once a cell: (L, d). Absent parts are 0.
-        perturbation = torch.where(perturbed.bool().unsqueeze(-1), perturbed_vector, not_perturbed_vector)  # (B, L, d)
-        counts = self.value_encoder(expression) if self.value_encoder is not None else 0  # (B, L, d)
-        tokens = self.encoder(gene_ids) if self.encoder is not None else 0  # (L, d)
-        language = [encoder(self.language_rows[gene_ids], is_pad) for encoder in self.language_encoders.values()]  # each (L, d)
+        language = [encoder(self.language_rows[gene_ids], is_pad)
+                    for encoder in self.language_encoders.values()]
+
+        # What depends on the cell: (B, L, d)
+        counts = self.value_encoder(expression) if self.value_encoder is not None else 0
+        no_vector, yes_vector = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
+        perturbation = torch.where(perturbed.bool().unsqueeze(-1), yes_vector, no_vector)
+
         if self.modality_weights is not None:
-            perturbation, counts, tokens, *language = (
-                weight * vectors for weight, vectors in zip(self.modality_weights, (perturbation, counts, tokens, *language)))
+            parts = [perturbation, counts, tokens, *language]
+            parts = [weight * part for weight, part in zip(self.modality_weights, parts)]
+            perturbation, counts, tokens, *language = parts
         if self.language_transformer is None:
-            h = self.transformer_encoder(self.normalized(perturbation + counts + tokens + sum(language)), log_copies)
+            h = self.transformer_encoder(self.normalized(perturbation + counts + tokens + sum(language)))
         else:
-            h = self.transformer_encoder(self.normalized(perturbation + counts + tokens), log_copies) \
-                + self.language_transformer(self.normalized(perturbation + sum(language)), log_copies)
+            h = self.transformer_encoder(self.normalized(perturbation + counts + tokens))
+            h = h + self.language_transformer(self.normalized(perturbation + sum(language)))
         return self.decoder(h)
 
     def normalized(self, x):  # (B, L, d) -> (B, L, d)
@@ -227,48 +249,52 @@ class ScGenePT(nn.Module):
 def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
     """Predict what a perturbation does to each of N control cells.
 
-    gene_ids (G,): vocabulary rows; control (N, G): log-normalized expression; perturbed_idx: positions (0..G-1) of the
-    perturbed genes; batch_size: cells at a time, by default what is fastest: about 5,000 values on a CPU, whose memory is slow,
-    80,000 on a GPU. Returns (N, G) float32 (numpy). Memory grows with batch_size, not with N. Leaves the model in its mode.
-    Raises ValueError for shapes that disagree, positions outside the genes, and genes that the model has no row for.
+    gene_ids (G,): vocabulary rows; control (N, G): log-normalized expression; perturbed_idx: positions
+    (0..G-1) of the perturbed genes; batch_size: cells at a time, by default about 5,000 values on a CPU,
+    whose memory is slow, and 80,000 on a GPU. Returns (N, G) float32 (numpy). Memory grows with batch_size,
+    not with N. Leaves the model in its mode. Raises ValueError for shapes that disagree, positions outside
+    the genes, and genes that the model has no row for.
     """
     device = model.pert_encoder.weight.device
     gene_ids = torch.as_tensor(np.asarray(gene_ids), dtype=torch.long)
     control = np.asarray(control)
     perturbed_idx = np.atleast_1d(np.asarray(perturbed_idx, dtype=np.int64))
-    if control.ndim != 2 or gene_ids.ndim != 1 or control.shape[1] != len(gene_ids):
-        raise ValueError(f"control has the shape {control.shape}, expected (cells, {len(gene_ids)}) for {len(gene_ids)} gene_ids")
-    if not np.all((0 <= perturbed_idx) & (perturbed_idx < len(gene_ids))):
-        raise ValueError(f"perturbed_idx {perturbed_idx.tolist()}: positions in gene_ids run from 0 to {len(gene_ids) - 1}")
-    outside = (gene_ids < 0) | (gene_ids >= model.config.n_tokens)
-    if outside.any():
-        raise ValueError(f"gene_ids: {gene_ids[outside][0]} is no row of the model's vocabulary (0 to {model.config.n_tokens - 1})")
-    if model.config.languages and (model.language_rows[gene_ids.to(device)] < 0).any():
-        lacking = gene_ids[model.language_rows.cpu()[gene_ids] < 0]
-        raise ValueError(f"gene_ids: the model has no language vector for {len(lacking)} genes, the first {lacking[0]}")
-    gene_ids = gene_ids.to(device)
+    _check_inputs(model, gene_ids, control, perturbed_idx)
+
+    n_values = 5_000 if device.type == "cpu" else 80_000
+    batch_size = batch_size or max(1, n_values // max(1, len(gene_ids)))
     perturbed = torch.zeros(1, len(gene_ids), dtype=torch.bool)
     perturbed[0, perturbed_idx] = True
-    perturbed = perturbed.to(device)
+    gene_ids, perturbed = gene_ids.to(device), perturbed.to(device)
     predicted = np.empty(control.shape, dtype=np.float32)
-    batch_size = batch_size or max(1, (5_000 if device.type == "cpu" else 80_000) // max(1, len(gene_ids)))
     was_training = model.training
     model.eval()
     for start in range(0, len(control), batch_size):
         cells = torch.as_tensor(control[start:start + batch_size], dtype=torch.float32).to(device)
-        if device.type == "cpu":
-            # Genes outside the vocabulary are all <pad>, and most have no expression: the network cannot tell those apart, and
-            # computes them once. (A GPU's fastest attention takes no weights, and a larger batch has fewer genes alike.)
-            distinct, copy_of, n = torch.cat([gene_ids[None], perturbed, cells]).unique(dim=1, return_inverse=True, return_counts=True)
-            output = model(distinct[0].long(), distinct[2:], distinct[1].expand(len(cells), -1), n.log())[:, copy_of]
-        else:
-            output = model(gene_ids, cells, perturbed.expand(len(cells), -1))
+        output = model(gene_ids, cells, perturbed.expand(len(cells), -1))
         predicted[start:start + batch_size] = output.float().cpu().numpy()
     model.train(was_training)
     return predicted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _check_inputs(model, gene_ids, control, perturbed_idx):
+    """Raise ValueError for inputs of `predict` that do not fit each other or the model."""
+    n_genes, n_tokens = len(gene_ids), model.config.n_tokens
+    if control.ndim != 2 or gene_ids.ndim != 1 or control.shape[1] != n_genes:
+        raise ValueError(f"control has the shape {control.shape}, expected (cells, {n_genes}) as for gene_ids")
+    if not np.all((0 <= perturbed_idx) & (perturbed_idx < n_genes)):
+        raise ValueError(f"perturbed_idx {perturbed_idx.tolist()}: positions run from 0 to {n_genes - 1}")
+    outside = (gene_ids < 0) | (gene_ids >= n_tokens)
+    if outside.any():
+        wrong = gene_ids[outside][0]
+        raise ValueError(f"gene_ids: {wrong} is no row of the vocabulary (0 to {n_tokens - 1})")
+    if model.config.languages:
+        lacking = gene_ids[model.language_rows.cpu()[gene_ids] < 0]
+        if len(lacking):
+            raise ValueError(f"gene_ids: no language vector for {len(lacking)} genes, the first {lacking[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 def save(model, path):
@@ -285,33 +311,26 @@ def save(model, path):
 
 
 def load(path):
-    """The model that `save` wrote to `path`, on the CPU and in eval mode. Raises ValueError for any other file."""
+    """The model that `save` wrote to `path`, on the CPU and in eval mode. Raises ValueError for any other
+    file."""
     file = _read(path)
     if not {"config", "state"} <= file.keys():
         raise ValueError(f"{path}: not a file of this kit (released fine-tuned models: load_released)")
     try:
-        config = Config(**file["config"])
-        for name, default in asdict(Config()).items():
-            value = getattr(config, name)
-            if type(value) is not type(default) and not (type(value) is int and type(default) is float):
-                raise TypeError(f"{name} is {value!r:.100}")
-        if config.n_layers > len(file["state"]):
-            raise ValueError("more layers than tensors")
-        with torch.device("meta"):  # takes no memory before all shapes are known to be those of the file
-            model = ScGenePT(config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, AttributeError) as error:
-        raise ValueError(f"{path}: config of another version, or damaged ({next(iter(str(error).splitlines()), '')})") from None
+        model = ScGenePT(Config(**file["config"]))
+    except TypeError as error:  # a field that Config does not have
+        raise ValueError(f"{path}: config of another version ({error})") from None
     _load_strictly(model, file["state"], path)
-    if config.languages and model.language_rows.max() >= config.n_language_rows:
-        raise ValueError(f"{path}: language_rows names rows that are not there")
     return model.eval()
 
 
 def load_pretrained(model, path):
-    """Take token encoder, value encoder and transformer from scGPT's `best_model.pt`, as far as `model` has those parts.
+    """Take token encoder, value encoder and transformer from scGPT's `best_model.pt`, as far as `model` has
+    those parts.
 
-    Returns the keys taken and the keys left (other heads of scGPT). Raises ValueError, naming the key, when one of the
-    three parts is absent from the file, or any key in them is missing, unknown or of another shape.
+    Returns the keys taken and the keys left (other heads of scGPT). Raises ValueError, naming the key, when
+    one of the three parts is absent from the file, or any key in them is missing, unknown or of another
+    shape.
     """
     state = _torch_names(_read(path))
     for part in PRETRAINED_PARTS:
@@ -325,15 +344,18 @@ def load_pretrained(model, path):
 
 
 def load_released(path, n_heads=8):
-    """A released fine-tuned scGPT, scGenePT or genePT file as a model on the CPU, in eval mode, with dropout 0.2.
+    """A released fine-tuned scGPT, scGenePT or genePT file as a model on the CPU, in eval mode, with dropout
+    0.2.
 
-    Sizes and parts are read from the tensors; only the number of heads leaves no trace in them. Language sources are named
-    after their modules in the file (`genept_encoder`, `gopt_encoder_c`, ...). `<pad>` is the third row from the end, as
-    in scGPT's vocabulary. Raises ValueError, naming the key, for one that is missing, unknown or of the wrong shape.
+    Sizes and parts are read from the tensors; only the number of heads leaves no trace in them. Language
+    sources are named after their modules in the file (`genept_encoder`, `gopt_encoder_c`, ...). `<pad>` is
+    the third row from the end, as in scGPT's vocabulary. Raises ValueError, naming the key, for one that is
+    missing, unknown or of the wrong shape.
     """
-    state, languages, file = {}, {}, _read(path)
+    file = _read(path)
     if {"config", "state"} <= file.keys():
         raise ValueError(f"{path}: a file of this kit, which `load` reads")
+    state, languages = {}, {}
     for key, value in _torch_names(file).items():
         module, _, rest = key.partition(".")
         if module == "cls_decoder":  # a head that no prediction reads
@@ -342,30 +364,28 @@ def load_released(path, n_heads=8):
             rest = rest.replace("proj_layer.", "proj.").replace("fc.", "proj.")
             key = f"language_encoders.{module}.{rest}"
             if rest == "embedding.weight":
-                languages[module] = _shape(value, 2, path, key)[1]
+                languages[module] = _size(value, path, key)[1]
         state[key] = value
 
-    def size(key, n_dims):
+    for key in ("pert_encoder.weight", "transformer_encoder.layers.0.linear1.weight"):
         if key not in state:
             raise ValueError(f"{path}: {key} is missing")
-        return _shape(state[key], n_dims, path, key)
-
-    d_model = size("pert_encoder.weight", 2)[1]
-    tables = ["encoder.embedding.weight"] + [f"language_encoders.{module}.embedding.weight" for module in languages]
-    n_tokens = next((size(key, 2)[0] for key in tables if key in state), None)
-    if n_tokens is None:
-        raise ValueError(f"{path}: encoder.embedding.weight is missing")
+    tables = ["encoder.embedding.weight"]
+    tables += [f"language_encoders.{name}.embedding.weight" for name in languages]
+    # Without tokens and language no table tells the size of the vocabulary: it is scGPT's then
+    n_tokens = next((_size(state[key], path, key)[0] for key in tables if key in state), Config.n_tokens)
     layers = {key.split(".")[2] for key in state if key.startswith("transformer_encoder.layers.")}
-    config = Config(n_tokens=n_tokens, pad_id=n_tokens - 3, d_model=d_model, n_heads=n_heads, n_layers=len(layers),
-                    d_hid=size("transformer_encoder.layers.0.linear1.weight", 2)[0],
+    first_layer = "transformer_encoder.layers.0.linear1.weight"
+    config = Config(n_tokens=n_tokens, pad_id=n_tokens - 3, n_heads=n_heads, n_layers=len(layers),
+                    d_model=_size(state["pert_encoder.weight"], path, "pert_encoder.weight")[1],
+                    d_hid=_size(state[first_layer], path, first_layer)[0],
                     has_tokens="encoder.embedding.weight" in state,
                     has_counts=any(key.startswith("value_encoder.") for key in state),
                     languages=languages, n_language_rows=n_tokens if languages else 0)
     try:
-        with torch.device("meta"):
-            model = ScGenePT(config)
-    except (ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"{path}: no sizes of such a model ({error})") from None
+        model = ScGenePT(config)
+    except ValueError as error:  # a number of heads that does not fit
+        raise ValueError(f"{path}: {error}") from None
     if languages:
         state["language_rows"] = torch.arange(n_tokens)
     _load_strictly(model, state, path)
@@ -374,59 +394,51 @@ def load_released(path, n_heads=8):
 
 def _read(path):
     """The dict in a torch file, without running any code that the file might carry."""
-    with open(path, "rb") as opened:
-        try:
-            if zipfile.is_zipfile(opened):
-                with zipfile.ZipFile(opened) as archive:
-                    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                        raise ValueError("packed, which torch.save never does: it might unpack to more than the memory holds")
-            opened.seek(0)
-            file = torch.load(opened, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a broken or refused file
-            raise ValueError(f"{path}: not a readable torch file of plain tensors ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # torch raises many kinds for a broken file, and advises to run what is in it
+        raise ValueError(f"{path}: expected weights as torch.save writes them (a dict of names and tensors), found "
+                         "another kind of file, or a damaged one") from None
     if not isinstance(file, dict) or not all(isinstance(key, str) for key in file):
         raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of names and tensors")
     return file
 
 
 def _torch_names(state):
-    """Keys as PyTorch's own layer has them; files written with flash-attention name the same attention weights Wqkv."""
-    names = {"Wqkv.weight": "in_proj_weight", "Wqkv.bias": "in_proj_bias"}
+    """Keys as PyTorch's own layer has them; files written with flash-attention name the same attention
+    weights Wqkv."""
     renamed = {}
     for key, value in state.items():
         key = key.replace("self_attn._impl.", "self_attn.")
-        for flash, torch_name in names.items():
-            key = key.replace(f"self_attn.{flash}", f"self_attn.{torch_name}")
+        key = key.replace("self_attn.Wqkv.weight", "self_attn.in_proj_weight")
+        key = key.replace("self_attn.Wqkv.bias", "self_attn.in_proj_bias")
         renamed[key] = value
     return renamed
 
 
-def _shape(tensor, n_dims, path, key):
-    if not torch.is_tensor(tensor) or tensor.ndim != n_dims:
-        raise ValueError(f"{path}: {key} is not a tensor of {n_dims} dimensions")
+def _size(tensor, path, key):
+    """The shape of a matrix."""
+    if not torch.is_tensor(tensor) or tensor.ndim != 2:
+        raise ValueError(f"{path}: {key} is not a matrix")
     return tensor.shape
 
 
+@torch.no_grad()
 def _load_strictly(model, state, path, parts=("",)):
-    """Copy `state` into `model` (its keys that begin with `parts`); every key has to fit, or ValueError names it. A model on the
-    device `meta` gets its memory on the CPU then."""
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{path}: state is no dict of names and tensors")
+    """Copy `state` into `model` (its keys that begin with `parts`); every key has to fit, or ValueError names
+    it."""
     own = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
     for key in sorted(own.keys() | state.keys()):
         if key not in state:
             raise ValueError(f"{path}: {key} is missing")
         if key not in own:
             raise ValueError(f"{path}: {key} is unknown")
-        if not torch.is_tensor(state[key]) or state[key].shape != own[key].shape:
-            found = tuple(state[key].shape) if torch.is_tensor(state[key]) else type(state[key]).__name__
-            raise ValueError(f"{path}: {key} has the shape {found}, expected {tuple(own[key].shape)}")
-        if state[key].layout != torch.strided or state[key].is_floating_point() != own[key].is_floating_point() or \
-                state[key].untyped_storage().nbytes() < state[key].nbytes or not torch.isfinite(state[key]).all():
-            raise ValueError(f"{path}: {key} holds no finite numbers, or not all that it declares")
-    if any(value.is_meta for value in own.values()):
-        model.to_empty(device="cpu")
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if key in own:
-                value.copy_(state[key])
+        shape = tuple(state[key].shape) if torch.is_tensor(state[key]) else type(state[key]).__name__
+        if shape != tuple(own[key].shape):
+            raise ValueError(f"{path}: {key} has the shape {shape}, expected {tuple(own[key].shape)}")
+        if not torch.isfinite(state[key]).all():
+            raise ValueError(f"{path}: {key} holds numbers that are not finite")
+    for key, value in own.items():
+        value.copy_(state[key])
