@@ -1,16 +1,17 @@
 """Stage 01: what the literature says of each gene -> data/<space>/annotations.h5
 
-    python 01_fetch_annotations.py                                         the demo's synthetic texts, no internet
-    python 01_fetch_annotations.py --dataset norman                        human genes, all six sources of the paper
+    python 01_fetch_annotations.py                                    the demo's synthetic texts, offline
+    python 01_fetch_annotations.py --dataset norman                   human genes, the paper's six sources
     python 01_fetch_annotations.py --dataset norman --source go_c --go-release current
-    python 01_fetch_annotations.py --dataset norman --source ncbi --fresh  from NCBI itself, as of today
-    python 01_fetch_annotations.py --dataset mine --tsv notes=notes.tsv    your own texts: a header gene<TAB>text, a line per gene
+    python 01_fetch_annotations.py --dataset norman --source ncbi --fresh        from NCBI itself, as of today
+    python 01_fetch_annotations.py --dataset mine --tsv notes=notes.tsv          your own texts: the header
+                                                                                 gene<TAB>text, a line a gene
 
-Each source is a group of the file: `genes` (N) and `text` (N); the GO sources also have `terms` (M) and `term_offsets`
-(N + 1), each gene's terms one by one. Sources that are in the file already stay there. Downloads for human genes are kept
-in data/human/raw/; annotations.png shows how many genes each source covers.
+Each source is a group of the file: `genes` (N) and `text` (N); the GO sources also have `terms` (M) and
+`term_offsets` (N + 1), each gene's terms one by one. Sources that the file has already stay. Downloads for
+human genes are kept in data/human/raw/; annotations.png shows how many genes each source covers.
 
-What all stages share (output files, provenance, downloads, figures, command line) stands at the end of this file.
+What all stages share (command line, output files, provenance, downloads, figures) stands at the end.
 """
 import argparse
 import contextlib
@@ -26,6 +27,7 @@ import shlex
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -40,17 +42,17 @@ GO_PREFIX = {"go_f": "Molecular Function", "go_c": "Cellular Component", "go_p":
 GO_ASPECT = {"F": "go_f", "C": "go_c", "P": "go_p"}
 PAPER_GO_RELEASE = "2024-01-17"
 
-BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations"
-RELEASED = {"ncbi": f"{BUCKET}/NCBI_summary_of_genes.json",
-            "ncbi+uniprot": f"{BUCKET}/NCBI_UniProt_summary_of_genes.json"}
+BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models"
+RELEASED = {"ncbi": f"{BUCKET}/gene_embeddings/gene_annotations/NCBI_summary_of_genes.json",
+            "ncbi+uniprot": f"{BUCKET}/gene_embeddings/gene_annotations/NCBI_UniProt_summary_of_genes.json"}
+VOCAB = f"{BUCKET}/pretrained/scgpt/vocab.json"
 GO_DATED, GO_CURRENT = "https://release.geneontology.org", "https://current.geneontology.org"
-VOCAB = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/vocab.json"
 NCBI = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"
 UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv&fields=gene_primary,cc_function"
            "&query=%28organism_id%3A9606%29%20AND%20%28reviewed%3Atrue%29")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The demo's genes: invented, with texts that name the invented processes each gene takes part in
 
 SYNTHETIC = "SYNTHETIC: invented genes and processes"
@@ -69,8 +71,8 @@ DEMO_PROCESSES = {  # process: (molecular function, cellular component), all inv
 def demo_genes():
     """Names (128) of the demo's genes and the processes each takes part in, bool (128, 8).
 
-    Every gene takes part in one or two processes, and every process has equally many genes. Stage 03 simulates cells
-    from the same array.
+    Every gene takes part in one or two processes, and every process is the first of equally many genes.
+    Stage 03 simulates cells from the same array.
     """
     n_genes, n_processes = 128, len(DEMO_PROCESSES)
     rng = np.random.default_rng(0)
@@ -93,31 +95,36 @@ def demo_texts(source):
     functions = [[DEMO_PROCESSES[name][0] for name in of_gene] for of_gene in processes]
     components = [[DEMO_PROCESSES[name][1] for name in of_gene] for of_gene in processes]
 
-    if source in ("ncbi", "ncbi+uniprot"):
-        texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(of_gene)}."
-                 for gene, of_gene in zip(genes, processes)]
-        if source == "ncbi+uniprot":
-            texts = [f"{text} Protein summary: Has {' and '.join(of_gene)}."
-                     for text, of_gene in zip(texts, functions)]
-        return genes, texts, None
+    if source not in ("ncbi", "ncbi+uniprot"):
+        terms = [dict(zip(GO_PREFIX, of_gene)) for of_gene in zip(functions, components, processes)]
+        return genes, *go_texts(source, terms)
 
-    terms = [dict(zip(GO_PREFIX, of_gene)) for of_gene in zip(functions, components, processes)]
-    return genes, *go_texts(source, terms)
+    texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(of_gene)}."
+             for gene, of_gene in zip(genes, processes)]
+    if source == "ncbi+uniprot":
+        texts = [f"{text} Protein summary: Has {' and '.join(of_gene)}."
+                 for text, of_gene in zip(texts, functions)]
+    return genes, texts, None
+
+
+def go_parts(source):
+    """The GO categories of a source: itself, or all three."""
+    return list(GO_PREFIX) if source == "go_all" else [source]
 
 
 def go_texts(source, terms):
-    """Texts and terms of one GO source, or of all three in a row, from {source: [term, ...]} of each gene.
+    """Texts and terms of a GO source, from {category: [term, ...]} of each gene.
 
     A text reads `Molecular Function: term, term; Cellular Component: term; Biological Process: term`.
     """
-    parts = list(GO_PREFIX) if source == "go_all" else [source]
+    parts = go_parts(source)
     texts = ["; ".join(f"{GO_PREFIX[part]}: {', '.join(of_gene[part])}" for part in parts if of_gene[part])
              for of_gene in terms]
     return texts, [[term for part in parts for term in of_gene[part]] for of_gene in terms]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers: each returns genes, texts, and for GO each gene's terms (else None). A broken file ends the run in one line.
+# ----------------------------------------------------------------------------------------------------------
+# Readers: each returns genes, texts, and for GO each gene's terms (else None)
 
 def read_lines(path):
     """Yield (number, line) of a UTF-8 text file, gzipped or not."""
@@ -125,15 +132,15 @@ def read_lines(path):
         is_gzip = file.read(2) == b"\x1f\x8b"
     number = 0
     try:
-        with (gzip.open if is_gzip else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with (gzip.open if is_gzip else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if number == 1 and is_html(line.encode()):
+                if number == 1 and is_html(line):
                     sys.exit(f"error: {path}: a web page, not the file; delete it and get the file again")
-                yield number, line.rstrip("\r\n")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
-        sys.exit(f"error: {path}, line {number + 1}: not UTF-8 text")
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
-        sys.exit(f"error: {path}, line {number + 1}: damaged gzip file ({error}); delete it and get it again")
+        sys.exit(f"error: {path}, line {number}: not UTF-8 text")
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        sys.exit(f"error: {path}: damaged gzip file after line {number}; delete it and get it again")
 
 
 def read_json(path, kind):
@@ -154,15 +161,15 @@ def read_tsv(path):
     """
     texts, without_text = {}, []
     for number, line in read_lines(path):
-        fields = line.split("\t")
+        gene, *rest = line.split("\t")
         if number == 1:
-            if fields != ["gene", "text"]:
+            if [gene, *rest] != ["gene", "text"]:
                 sys.exit(f"error: {path}: the first line has to be gene<TAB>text")
             continue
         if not line.strip():
             continue
-        gene, text = fields[0].strip(), "".join(fields[1:]).strip()
-        if len(fields) > 2 or not gene:
+        gene, text = gene.strip(), "".join(rest).strip()
+        if not gene or len(rest) > 1:
             sys.exit(f"error: {path}, line {number}: expected a gene, a tab and a text")
         if gene in texts:
             sys.exit(f"error: {path}, line {number}: gene {gene!r} stands here a second time")
@@ -186,7 +193,7 @@ def read_released(path):
 
 
 def read_obo(path):
-    """The terms of an OBO file: names in force {id: name}, old ids {id: its id now}, and the set of obsolete ids."""
+    """Terms of an OBO file: {id: name} of those in force, {old id: id now}, and the set of obsolete ids."""
     names, id_now, obsolete = {}, {}, set()
     in_term, term = False, None
     for number, line in read_lines(path):
@@ -195,7 +202,7 @@ def read_obo(path):
         elif in_term and line:
             key, colon, value = line.partition(": ")
             if not colon or (key != "id" and term is None):
-                sys.exit(f"error: {path}, line {number}: expected 'tag: value', a term's id first, not {line[:60]!r}")
+                sys.exit(f"error: {path}, line {number}: not a 'tag: value' after an id: {line[:60]!r}")
             if key == "id":
                 term = value
             elif key == "name":
@@ -211,12 +218,12 @@ def read_obo(path):
 
 @functools.lru_cache(maxsize=1)  # read once for all GO sources of a call
 def read_annotations(gaf, obo):
-    """What human genes are annotated with in a GAF 2 file: {gene: {source: {term id: term name}}}, in file order.
+    """Annotations of human genes in a GAF 2 file, in its order: {category: {gene: {term id: term name}}}.
 
     Left out: negated annotations (NOT), those that say there is no data (ND), other species, obsolete terms.
     """
     names, id_now, obsolete = read_obo(obo)
-    found = {source: {} for source in GO_PREFIX}
+    found = {part: {} for part in GO_PREFIX}
     n_unknown = 0
     for number, line in read_lines(gaf):
         if not line or line.startswith("!"):
@@ -240,41 +247,38 @@ def read_annotations(gaf, obo):
 
 
 def read_go(source, gaf, obo):
-    """Genes, texts and terms of one GO source, or of all three in a row."""
-    found = read_annotations(gaf, obo)
-    parts = list(GO_PREFIX) if source == "go_all" else [source]
-    genes = list(dict.fromkeys(gene for part in parts for gene in found[part]))
-    terms = [{part: list(found[part].get(gene, {}).values()) for part in parts} for gene in genes]
+    """Genes, texts and terms of a GO source."""
+    found = {part: read_annotations(gaf, obo)[part] for part in go_parts(source)}
+    genes = list(dict.fromkeys(gene for part in found.values() for gene in part))
+    terms = [{part: list(found[part].get(gene, {}).values()) for part in found} for gene in genes]
     return genes, *go_texts(source, terms)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Human genes: the released texts, or fresh ones from NCBI and UniProt in the same form
 
 def ask_ncbi(tool, take, **params):
     """What `take` finds in the JSON answer of one of NCBI's E-utilities.
 
-    An overloaded service answers in another form: it is asked again. The parameters travel in the body of the request,
-    so that no error message quotes the key.
+    Overloaded services answer in another form; one is asked again. The parameters travel in the body of the
+    request, and no redirect is followed: no message can quote the key.
     """
     key = os.environ.get("NCBI_API_KEY")
-    params |= {"db": "gene", "retmode": "json"}
-    if key:
-        params["api_key"] = key
+    params |= {"db": "gene", "retmode": "json"} | ({"api_key": key} if key else {})
+    pause = 0.11 if key else 0.34  # seconds: ten or three requests a second are allowed
     url = f"{NCBI}/{tool}.fcgi"
     for attempt in range(TRIES):
-        time.sleep(0.11 if key else 0.34)  # ten or three requests a second are allowed
-        with request(url, method="POST", data=params) as response:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        time.sleep(pause + BACKOFF * (2 ** attempt - 1))
+        with request(url, method="POST", data=params, allow_redirects=False) as response:
+            with contextlib.suppress(requests.RequestException, ValueError, KeyError, TypeError):
                 return take(response.json())
-        time.sleep(BACKOFF * 2 ** attempt)
     sys.exit(f"error: {address(url)}: not the answer that was asked for; the same command goes on from here")
 
 
 def fetch_summaries(path):
     """Symbol and summary of every human gene, from NCBI, as lines of JSON [gene id, symbol, summary].
 
-    Each page of 500 genes is on disk (in `<path>.part`) before the next is asked for: an interrupted run goes on there.
+    Each page of 500 genes is in `<path>.part` before the next is asked for; an interrupted run goes on there.
     """
     def take_search(answer):
         found = answer["esearchresult"]
@@ -289,7 +293,8 @@ def fetch_summaries(path):
     with FileLock(f"{path}.lock"):
         if path.exists():
             return
-        n_genes, history = ask_ncbi("esearch", take_search, term="9606[taxid] AND alive[prop]", usehistory="y", retmax=0)
+        query = {"term": "9606[taxid] AND alive[prop]", "usehistory": "y", "retmax": 0}
+        n_genes, history = ask_ncbi("esearch", take_search, **query)
 
         # The first line says how many genes were found: the pages of another search cannot be continued
         header = json.dumps({"n_genes": n_genes}) + "\n"
@@ -316,7 +321,7 @@ def fetch_summaries(path):
 
 
 def read_fresh(summaries, uniprot=None):
-    """Genes and texts in the released form, from what fetch_summaries wrote and UniProt's table of names and functions.
+    """Genes and texts in the released form, of what fetch_summaries wrote and UniProt's names and functions.
 
     A gene that neither says anything about is left out.
     """
@@ -331,9 +336,10 @@ def read_fresh(summaries, uniprot=None):
     for number, line in read_lines(uniprot) if uniprot else ():
         columns = line.split("\t")
         if len(columns) != 2 or number == 1 and line.lower() != "gene names (primary)\tfunction [cc]":
-            sys.exit(f"error: {uniprot}, line {number}: not UniProt's table of primary gene names and functions")
+            sys.exit(f"error: {uniprot}, line {number}: not UniProt's table of gene names and functions")
         genes, function = columns
-        function = re.sub(r" ?\{ECO:[^}]*\}\.?", "", function.replace("FUNCTION: ", ""))  # without codes of evidence
+        function = function.replace("FUNCTION: ", "")
+        function = re.sub(r" ?\{ECO:[^}]*\}\.?", "", function)  # codes of evidence
         if number > 1 and function:
             for gene in filter(None, genes.split("; ")):
                 functions.setdefault(gene, []).append(function)
@@ -343,7 +349,7 @@ def read_fresh(summaries, uniprot=None):
 
 
 def human_source(source, release, fresh, raw):
-    """Where the texts of a human source come from: the options that decide them, {file: address}, and their reader."""
+    """The options that decide a human source's texts, its input files {file: address}, and their reader."""
     if source in RELEASED and not fresh:
         path = raw / RELEASED[source].rsplit("/", 1)[1]
         return {"fresh": False}, {path: RELEASED[source]}, lambda: read_released(path)
@@ -358,11 +364,11 @@ def human_source(source, release, fresh, raw):
     return {"go_release": release}, files, lambda: read_go(source, gaf, obo)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # annotations.h5
 
 def source_made_from(path, source, options, files):
-    """`made_from` of a source. A file that was downloaded and has been deleted since counts as what it was."""
+    """`made_from` of a source. A download that has been deleted since counts as what it was."""
     recorded = json.loads(recorded_made_from(path, source) or '{"inputs": {}}')["inputs"]
     inputs = {file.name: fingerprint(file) if file.exists() else recorded.get(file.name) for file in files}
     return made_from(options, inputs)
@@ -370,11 +376,11 @@ def source_made_from(path, source, options, files):
 
 def collect(wanted, force):
     """Download what the wanted sources need and read it: {source: (genes, texts, terms)}."""
-    changing = {file for options, files, _ in wanted.values() for file in files
-                if options.get("fresh") or options.get("go_release") == "current"}
     if force:  # what a service says today may differ from the last time
-        for file in changing:
-            file.unlink(missing_ok=True)
+        for options, files, _ in wanted.values():
+            if options.get("fresh") or options.get("go_release") == "current":
+                for file in files:
+                    file.unlink(missing_ok=True)
     texts = {}
     for source, (_, files, read) in wanted.items():
         for file, url in files.items():
@@ -388,9 +394,10 @@ def collect(wanted, force):
 
 def write_annotations(path, space, wanted, texts):
     """Write annotations.h5 anew: the sources in `texts`, and those it has already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), write_h5(path, made_from({"space": space}, {})) as new:
         if recorded_made_from(path):  # neither missing nor damaged
-            with read_h5(path) as old:
+            with h5py.File(path, "r") as old:
                 for source in set(old) - set(texts):
                     old.copy(source, new)
         for source, (genes, of_genes, terms) in texts.items():
@@ -404,7 +411,8 @@ def write_annotations(path, space, wanted, texts):
             if terms is not None:
                 write_strings(group, "terms", [term for of_gene in terms for term in of_gene])
                 group["term_offsets"] = np.cumsum([0] + [len(of_gene) for of_gene in terms])
-            print(f"{source}: {len(genes):,} genes with text{f' ({SYNTHETIC})' if space == 'demo' else ''}")
+            note = f" ({SYNTHETIC})" if space == "demo" else ""
+            print(f"{source}: {len(genes):,} genes with text{note}")
 
 
 def in_order(sources):
@@ -413,7 +421,7 @@ def in_order(sources):
 
 
 def print_coverage(path, vocab_path):
-    """Print how many genes each source covers, and how many of them scGPT's vocabulary and each other source has too,
+    """Print each source's number of genes, and how many of them scGPT's vocabulary and the others have too,
     by exact symbol: the paper's Table 21."""
     with read_h5(path) as file:
         genes = {source: set(file[source]["genes"].asstr()[:]) for source in in_order(file)}
@@ -428,23 +436,22 @@ def print_coverage(path, vocab_path):
 
 
 def draw_coverage(path, figure_path, title):
-    """Draw how many genes each source covers, and the 20 commonest terms of each GO category (the paper's Figures 4, 5)."""
-    panels = []  # (title, {label: count}, colour)
+    """Draw each source's number of genes, and each GO category's 20 commonest terms (paper, Figures 4, 5)."""
     with read_h5(path) as file:
-        panels.append(("Genes with text", {s: len(file[s]["genes"]) for s in in_order(file)}, COLORS[0]))
-        for source, color in zip(GO_PREFIX, COLORS[1:]):
+        panels = [("Genes with text", {source: len(file[source]["genes"]) for source in in_order(file)})]
+        for source in GO_PREFIX:
             if source in file:
                 terms, counts = np.unique(file[source]["terms"].asstr()[:].astype(str), return_counts=True)
                 commonest = np.argsort(-counts, kind="stable")[:20]
                 bars = dict(zip(terms[commonest], counts[commonest]))
-                panels.append((f"{GO_PREFIX[source]}: commonest terms", bars, color))
+                panels.append((f"{GO_PREFIX[source]}: commonest terms", bars))
 
     n_rows, n_columns = (len(panels) + 1) // 2, min(len(panels), 2)
     height = 5.5 * n_rows if len(panels) > 1 else 1.2 + 0.35 * len(panels[0][1])
     figure = new_figure(9 * n_columns, height, title)
-    for i, (name, bars, color) in enumerate(panels):
+    for i, (name, bars) in enumerate(panels):
         axes = figure.add_subplot(n_rows, n_columns, i + 1)
-        drawn = axes.barh(range(len(bars)), list(bars.values()), color=color)
+        drawn = axes.barh(range(len(bars)), list(bars.values()), color=COLORS[i])
         axes.bar_label(drawn, [f"{count:,}" for count in bars.values()], padding=3, fontsize=8)
         labels = [label if len(label) < 60 else label[:57] + "..." for label in bars]
         axes.set_yticks(range(len(bars)), labels, fontsize=8)
@@ -454,32 +461,32 @@ def draw_coverage(path, figure_path, title):
     save_figure(figure, figure_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 def parse_arguments():
     parser = common_options(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--source", nargs="+", choices=SOURCES, metavar="NAME",
                         help=f"any of {', '.join(SOURCES)} (default: all; with --tsv: none)")
     parser.add_argument("--go-release", default=PAPER_GO_RELEASE, metavar="DATE",
-                        help=f"a release of the Gene Ontology, or current (default: {PAPER_GO_RELEASE}, the paper's)")
+                        help="a release of the Gene Ontology, or current (default: %(default)s, the paper's)")
     parser.add_argument("--fresh", action="store_true",
-                        help="build ncbi and ncbi+uniprot from NCBI's and UniProt's services instead of the released files "
-                             "(ten requests a second instead of three with NCBI_API_KEY in the environment)")
+                        help="build ncbi and ncbi+uniprot from NCBI's and UniProt's services, not from "
+                             "released files (faster with NCBI_API_KEY in the environment)")
     parser.add_argument("--tsv", nargs="+", default=[], metavar="NAME=FILE",
                         help="your own texts as a source NAME: a file with the header gene<TAB>text")
     args = parser.parse_args()
     if not re.fullmatch(r"\d{4}-\d{2}-\d{2}|current", args.go_release):
-        sys.exit(f"error: --go-release {args.go_release}: expected a date such as {PAPER_GO_RELEASE}, or current")
+        sys.exit(f"error: --go-release {args.go_release}: expected a date as {PAPER_GO_RELEASE}, or current")
     return args
 
 
 def wanted_sources(args, space, raw):
-    """The sources of this call: {name: (options that decide it, {input file: its address or None}, reader)}."""
+    """The sources of this call: {name: (options that decide it, {input file: address or None}, reader)}."""
     wanted = {}
     for item in args.tsv:
         name, _, file = item.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in SOURCES or not file:
-            sys.exit(f"error: --tsv {item}: expected NAME=FILE, NAME of letters, digits and '_', not one of {SOURCES}")
+            sys.exit(f"error: --tsv {item}: expected NAME=FILE, a new NAME of letters, digits and '_'")
         if not Path(file).exists():
             sys.exit(f"error: --tsv {item}: {file} does not exist")
         wanted[name] = {"tsv": True}, {Path(file): None}, functools.partial(read_tsv, file)
@@ -502,9 +509,9 @@ def main():
     stale = {source: wanted[source] for source, (options, files, _) in wanted.items()
              if not is_current(path, source_made_from(path, source, options, files), args.force, source)}
     if stale:
-        figure_path.unlink(missing_ok=True)  # it is drawn again even if this run is killed before it comes to that
+        figure_path.unlink(missing_ok=True)  # drawn again by the next run if this one ends before it
         write_annotations(path, space, stale, collect(stale, args.force))
-        if any(url for _, files, _ in stale.values() for url in files.values()):  # your own texts need no internet
+        if any(any(files.values()) for _, files, _ in stale.values()):  # one's own texts need no internet
             download(VOCAB, vocab_path)
     if not figure_path.exists():
         print_coverage(path, vocab_path)
@@ -515,14 +522,15 @@ def main():
     print("next: " + command("02_embed.py", args, *own_texts))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Shared by all stages: command line
 
-HOSTED = ("norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe1_essential")  # stage 03 downloads these
+# Stage 03 downloads these
+HOSTED = ("norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe1_essential")
 
 
 def run(main):
-    """Call a stage's `main`: what a user can cause ends in one line and exit code 1, our own mistakes in a traceback."""
+    """Call a stage's `main`. A user's errors end in a line and exit code 1, our mistakes in a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log that can be watched, on consoles without Δ and ± too
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
@@ -534,17 +542,17 @@ def run(main):
         hint = "; choose another folder with --root" if isinstance(error, PermissionError) else ""
         sys.exit(f"error: {place}{error.strerror or error}{hint}")
     except (MemoryError, RuntimeError) as error:
-        is_full = isinstance(error, MemoryError) or ("memory" in str(error) and "alloc" in str(error))  # the latter: torch's
-        if not is_full:
+        is_memory = "memory" in str(error) and "alloc" in str(error)  # how torch says it
+        if not isinstance(error, MemoryError) and not is_memory:
             raise
-        sys.exit("error: not enough memory; lower --batch-size or --genes-per-batch, or keep fewer genes in stage 03")
+        sys.exit("error: not enough memory; lower --batch-size or --genes-per-batch, or keep fewer genes")
 
 
 def common_options(parser):
     """Add the options that every stage has in the same words."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "python %(prog)s [options]"  # short: the examples come first
-    parser.error = lambda message: sys.exit(f"error: {message} (python {parser.prog} --help lists the options)")
+    parser.error = lambda message: sys.exit(f"error: {message} (options: python {parser.prog} --help)")
     parser.add_argument("--dataset", default="demo",
                         help=f"demo, {', '.join(HOSTED)}, or a name of your own (default: demo)")
     parser.add_argument("--root", type=Path, default=Path("."), metavar="DIR",
@@ -561,7 +569,7 @@ def seed(text):
 
 
 def check_name(name, what):
-    """Return a name that becomes part of a path; end the run unless it is letters, digits, `_`, `-` and `+` only."""
+    """Return a name that becomes part of a path; it has to be of letters, digits, `_`, `-` and `+`."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_+-]*", name):
         sys.exit(f"error: {what} {name!r}: use letters, digits, '_', '-' and '+' only")
     return name
@@ -584,7 +592,7 @@ def shown(names, most=8):
     return ", ".join(str(name)[:100] for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Shared by all stages: output files, which appear whole or not at all, and what they were made from
 
 FORMAT_VERSION = 1
@@ -592,13 +600,16 @@ FORMAT_VERSION = 1
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path` and rename it to `path` at the end: readers never see half a file."""
+    """Yield a temporary path beside `path`; it becomes `path` at the end, and nobody sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of a full disk names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -612,7 +623,8 @@ def write_text(path, text):
 @contextlib.contextmanager
 def write_h5(path, made):
     """Yield a new HDF5 file with its provenance; it becomes `path` when the block ends without an error."""
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
+    # HDF5 crashes on a full disk when it writes itself; with a file of Python's it is an OSError
+    with replacing(path) as partial, open(partial, "w+b") as target, h5py.File(target, "w") as file:
         file.attrs.update(provenance(made))
         yield file
 
@@ -624,7 +636,8 @@ def write_strings(group, name, strings):
 
 @contextlib.contextmanager
 def read_h5(path, made_by=None):
-    """Yield an HDF5 file for reading. One that is missing, damaged, or keeps data in other files ends the run in one line.
+    """Yield an HDF5 file for reading. One that is missing or damaged, keeps data in other files, or lacks
+    what the block looks for, ends the run in one line.
 
     made_by: the command that makes the file, for the message.
     """
@@ -632,17 +645,24 @@ def read_h5(path, made_by=None):
         sys.exit(f"error: {path} does not exist; run first: {made_by}")
     try:
         with h5py.File(path, "r") as file:
-            file.visititems_links(refuse_other_files)
+            refuse_other_files(file)
             yield file
     except (OSError, RuntimeError, KeyError) as error:
+        cause = " ".join(str(error).split())
         remedy = f"make it again: {made_by} --force" if made_by else "get it again from its source"
-        sys.exit(f"error: {path}: not an HDF5 file, or a damaged one ({' '.join(str(error).split())}); {remedy}")
+        sys.exit(f"error: {path}: not an HDF5 file, or a damaged one ({cause}); {remedy}")
 
 
-def refuse_other_files(name, link):
-    """Raise OSError for a link to another file."""
-    if isinstance(link, h5py.ExternalLink):
-        raise OSError(f"{name} lies in another file")
+def refuse_other_files(file):
+    """Raise OSError if an HDF5 file has links to other files or keeps data in them."""
+    def lies_elsewhere(name, item):
+        if isinstance(item, h5py.ExternalLink):
+            return name
+        if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+            return name
+    found = file.visititems_links(lies_elsewhere) or file.visititems(lies_elsewhere)
+    if found:
+        raise OSError(f"{found} lies in another file")
 
 
 def checksum(path, algorithm="sha256"):
@@ -655,8 +675,12 @@ def checksum(path, algorithm="sha256"):
 
 
 def fingerprint(path, group="/"):
-    """What a file counts as when it is an input: the SHA-256 of what it was made from, for the kit's own HDF5 files (or a
-    group of one); for others the SHA-256 of their bytes, or over 256 MB their size and the SHA-256 found at download."""
+    """What identifies an input file.
+
+    The kit's own HDF5 files (or a group of one): the SHA-256 of what they were made from, the same for a copy
+    and when made again. Others: the SHA-256 of their bytes; over 256 MB their size, and the SHA-256 of the
+    download.
+    """
     if made := recorded_made_from(path, group):
         return hashlib.sha256(f"{FORMAT_VERSION} {made}".encode()).hexdigest()
     n_bytes = Path(path).stat().st_size
@@ -667,7 +691,7 @@ def fingerprint(path, group="/"):
 
 
 def recorded_made_from(path, group="/"):
-    """`made_from` of one of the kit's HDF5 files (or of a group of it); None for any other file, or a damaged one."""
+    """`made_from` of one of the kit's HDF5 files (or of a group of it); None for others and damaged ones."""
     with contextlib.suppress(OSError, RuntimeError, KeyError):
         with h5py.File(path, "r") as file:
             return file[group].attrs.get("made_from")
@@ -680,14 +704,15 @@ def made_from(options, inputs):
 
 def provenance(made):
     """The attributes of an output file: format, command line, date, library versions, options and inputs."""
-    modules = {name: sys.modules[name] for name in ("numpy", "scipy", "h5py", "torch") if name in sys.modules}
-    versions = {"python": sys.version.split()[0], **{name: module.__version__ for name, module in modules.items()}}
+    loaded = [name for name in ("numpy", "scipy", "h5py", "torch") if name in sys.modules]
+    versions = {"python": sys.version.split()[0], **{name: sys.modules[name].__version__ for name in loaded}}
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {"format_version": FORMAT_VERSION, "command": shlex.join(sys.argv), "made_from": made,
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": json.dumps(versions)}
+            "date": date, "versions": json.dumps(versions)}
 
 
 def is_current(path, made, force, group="/"):
-    """Whether an HDF5 file (or a group of it) was made from exactly this; says so, or why it has to be made again."""
+    """Whether an HDF5 file (or a group of it) was made from exactly this. Prints that, or what differs."""
     if force or not Path(path).exists():
         return False
     old = recorded_made_from(path, group)
@@ -702,27 +727,25 @@ def is_current(path, made, force, group="/"):
 def difference(old, new):
     """How two {"options": {...}, "inputs": {...}} differ, in words."""
     words = []
-    for name in sorted(old["options"].keys() | new["options"].keys()):
-        before, now = old["options"].get(name), new["options"].get(name)
-        if before != now:
-            words.append(f"{name} was {before}, now {now}")
-    for name in sorted(old["inputs"].keys() | new["inputs"].keys()):
-        if old["inputs"].get(name) != new["inputs"].get(name):
-            words.append(f"{name} changed")
+    for kind in ("options", "inputs"):
+        for name in sorted(old[kind].keys() | new[kind].keys()):
+            before, now = old[kind].get(name), new[kind].get(name)
+            if before != now:
+                words.append(f"{name} was {before}, now {now}" if kind == "options" else f"{name} changed")
     return "; ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Shared by all stages: downloads
 
 TIMEOUT = 60   # seconds without a byte after which a connection counts as dead
 TRIES = 6      # in a row without getting any further
-BACKOFF = 1    # seconds before the second try, doubled before each later one
+BACKOFF = 1    # seconds of the first wait between tries; each later one is twice as long
 TRY_AGAIN = (429, 500, 502, 503, 504)  # what a busy or broken server answers
 
 
 def address(url):
-    """`url`, or its place on the mirror that SCGENEPT_MIRROR names; without a password, so that it can be printed."""
+    """`url`, or its place on the mirror that SCGENEPT_MIRROR names, to be printed: without a password."""
     return re.sub(r"//[^/@]*@", "//", mirrored(url))
 
 
@@ -732,19 +755,20 @@ def mirrored(url):
 
 
 def request(url, path=None, method="GET", headers=None, **options):
-    """The response to a request, open for streaming. Ends the run in one line on any but a good one.
+    """The response to a request, open for streaming. Anything but a good one ends the run in one line.
 
-    Failed connections and busy servers are tried again, after waits that double or that the server asks for. `path`: where
-    a file that cannot be fetched has to be put by hand.
+    Failed connections and busy servers are tried again, after waits that double or that the server asks for.
+    path: where a file that the server refuses can be put by hand.
     """
     retry = urllib3.Retry(TRIES - 1, backoff_factor=BACKOFF, status_forcelist=TRY_AGAIN, allowed_methods=None,
                           raise_on_status=False)
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-    headers = {"User-Agent": "scgenept-kit/1", "Accept-Encoding": "identity", **(headers or {})}
+    session.headers.update({"User-Agent": "scgenept-kit/1", "Accept-Encoding": "identity"})
+    options = {"headers": headers, "stream": True, "timeout": TIMEOUT, **options}
     try:
-        response = session.request(method, mirrored(url), headers=headers, stream=True, timeout=TIMEOUT, **options)
+        response = session.request(method, mirrored(url), **options)
     except requests.RequestException as error:
         sys.exit(f"error: {address(url)}: {cause_of(error)}; the same command goes on from here")
 
@@ -752,25 +776,28 @@ def request(url, path=None, method="GET", headers=None, **options):
     if response.status_code in (200, 206, 416) and not is_page:
         return response
     cause = f"{response.status_code} {response.reason}" + (", a web page" if is_page else "")
-    if response.status_code in TRY_AGAIN:
-        sys.exit(f"error: {address(url)}: {cause}; the same command goes on from here")
-    by_hand = f"; if a browser can download it, save it as {path} and run the same command again" if path else ""
-    sys.exit(f"error: {address(url)}: {cause}{by_hand}")
+    advice = "the same command goes on from here" if response.status_code in TRY_AGAIN else by_hand(path)
+    sys.exit(f"error: {address(url)}: {cause}" + (f"; {advice}" if advice else ""))
+
+
+def by_hand(path):
+    """What to do where a server refuses a program but may serve a person (a login, a captcha)."""
+    return f"download it with a browser, save it as {path} and run the same command again" if path else ""
 
 
 def cause_of(error):
     """The innermost reason of a failed request, in one line; the outer ones quote the whole address."""
-    while inner := next((e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)), None):
-        error = inner
+    while inner := [e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)]:
+        error = inner[0]
     return re.sub(r"^\S*Connection\w*\(.*?\): ", "", " ".join(str(error).split()))
 
 
 def download(url, path, size=None, sha256=None, md5=None):
-    """Download `url` to `path`, unless it is there already, and return the path.
+    """Download `url` to `path`, unless it is there already, and return the path. Failure ends the run.
 
-    The bytes go to `<path>.part`, where a later try or run goes on if the server still has the same file; it becomes `path`
-    once it is whole and has the size and checksum that are known of it. Where none is, the SHA-256 found is written to
-    `<path>.sha256`. Ends the run in one line on failure.
+    The bytes go to `<path>.part`, where a later try or run goes on if the server still has the same file.
+    Once it is whole and has the size and checksum that are known of it, it becomes `path`. `<path>.sha256`
+    keeps its SHA-256.
     """
     path = Path(path)
     part = Path(f"{path}.part")
@@ -787,55 +814,60 @@ def download(url, path, size=None, sha256=None, md5=None):
             n_tries = 1 if n_bytes > n_before else n_tries + 1
             n_before = n_bytes
             if n_tries == TRIES:
-                sys.exit(f"error: {address(url)}: the connection keeps breaking off; the same command goes on from here")
-            time.sleep(BACKOFF * 2 ** n_tries)
+                sys.exit(f"error: {address(url)}: the connection broke; the same command goes on from here")
+            time.sleep(BACKOFF * 2 ** (n_tries - 1))
 
         found = checksum(part)
         wrong = what_is_wrong(part, found, size, sha256, md5)
         Path(f"{part}.etag").unlink(missing_ok=True)
         if wrong:
             part.unlink()
-            sys.exit(f"error: {address(url)}: {wrong}; if a browser gets the right file, save it as {path}")
-        if not sha256:
-            write_text(f"{path}.sha256", f"{found}  {path.name}\n")
+            sys.exit(f"error: {address(url)}: {wrong}; {by_hand(path)}")
+        write_text(f"{path}.sha256", f"{found}  {path.name}\n")
         os.replace(part, path)
     print(f"downloaded {path} ({path.stat().st_size:,} bytes, SHA-256 {found})")
     return path
 
 
 def fetch_rest(url, path, part, size):
-    """Append to `part` what it lacks of the file at `url`; whether it is whole now."""
-    etag = Path(f"{part}.etag")  # which file the partial download belongs to: its ETag or date, as the server gave it
+    """Append to `part` what it lacks of the file at `url`. Returns whether it is whole now."""
+    etag = Path(f"{part}.etag")  # which version of the file `part` is from: the server's ETag, or its date
     n_have = part.stat().st_size if part.exists() and etag.exists() else 0
     headers = {"Range": f"bytes={n_have}-", "If-Range": etag.read_text()} if n_have else {}
     with request(url, path, headers=headers) as response:
-        if response.status_code == 416:  # nothing after these bytes: the file is whole, or another one
-            is_whole = response.headers.get("Content-Range", "") == f"bytes */{n_have}"
-            if not is_whole:
-                part.unlink(missing_ok=True)
-            return is_whole
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {n_have}-"):
-            n_have = 0  # the server sends the whole file
+        status, content_range = response.status_code, response.headers.get("Content-Range", "")
+        if n_have and status == 416 and content_range == f"bytes */{n_have}":
+            return True  # nothing comes after these bytes
+        if status == 200:  # the whole file
+            n_have = 0
+            etag.unlink(missing_ok=True)
+        elif status != 206 or not content_range.startswith(f"bytes {n_have}-"):
+            part.unlink(missing_ok=True)  # not the bytes that were asked for: start again
+            return False
+
         length = response.headers.get("Content-Length")
-        total = n_have + int(length) if length else None
+        total = n_have + int(length) if length else size
+        if size and total != size:
+            sys.exit(f"error: {address(url)}: the server's file has {total:,} bytes, expected {size:,}")
         if total and total - n_have > shutil.disk_usage(part.parent).free:
             sys.exit(f"error: {path}: no room on the disk for {total / 1e6:,.0f} MB")
-        if size and total not in (None, size):
-            sys.exit(f"error: {address(url)}: the server's file has {total:,} bytes, expected {size:,}")
 
-        version = response.headers.get("ETag", "W/")
-        if version.startswith("W/"):  # a weak one does not promise the same bytes
-            version = response.headers.get("Last-Modified", "")
-        etag.write_text(version) if version else etag.unlink(missing_ok=True)
+        version = response.headers.get("ETag")
+        if not version or version.startswith("W/"):  # a weak one does not promise the same bytes
+            version = response.headers.get("Last-Modified")
+        progress = tqdm(desc=path.name, total=total, initial=n_have, unit="B", unit_scale=True, disable=None)
         try:
-            with open(part, "ab" if n_have else "wb") as file, \
-                    tqdm(desc=path.name, total=total, initial=n_have, unit="B", unit_scale=True, disable=None) as progress:
+            with open(part, "ab" if n_have else "wb") as file, progress:
+                if version:
+                    etag.write_text(version)
                 for chunk in response.raw.stream(2**16, decode_content=False):
                     file.write(chunk)
                     progress.update(len(chunk))
-        except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError):
+        except urllib3.exceptions.HTTPError:
             return False
-    return total is None or part.stat().st_size == total
+        except OSError as error:
+            sys.exit(f"error: {path}: {error.strerror}; the same command goes on from here")
+    return total is None or part.stat().st_size >= total
 
 
 def what_is_wrong(path, found, size, sha256, md5):
@@ -861,10 +893,10 @@ def is_html(head):
     return head.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Shared by all stages: figures
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")  # Okabe and Ito's, for the colour-blind
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")  # of Okabe and Ito
 GREY = "#999999"
 
 

@@ -4,40 +4,40 @@
     python 02_embed.py --dataset norman                             the released scGenePT vectors of go_all
     python 02_embed.py --dataset norman --source genept             GenePT's, from its own archive
     python 02_embed.py --dataset norman --source ncbi --embedder lsa --color pathways.tsv:pathway
-    python 02_embed.py --dataset norman --source go_c --mode avg --embedder openai --model text-embedding-3-large --dry-run
+    python 02_embed.py --dataset norman --source go_c --mode avg --embedder openai --dry-run
     python 02_embed.py --dataset norman --source names --embedder openai --model meta-llama/Llama-3.1-8B \\
                        --base-url http://localhost:8000/v1          vLLM, Ollama, llama.cpp, TEI, ...
 
-A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection. Modes: `concat` embeds
-one text a gene, `avg` embeds each GO term alone and takes the mean over the gene's terms. Embedders: `published` (the
-vectors that the authors released), `openai` (any server with the OpenAI embeddings API; the key comes from
-OPENAI_API_KEY; what it answered is kept in embeddings/.cache, so nothing is paid for twice), `lsa` (TF-IDF and a
-truncated SVD of the texts: offline, a plain baseline; each source has a space of its own).
+A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection.
+Modes: `concat` embeds one text a gene, `avg` embeds each GO term alone and takes the mean of a gene's.
+Embedders: `published`, the vectors that the authors released; `openai`, a server with OpenAI's embeddings API
+(the key comes from OPENAI_API_KEY; answers are kept in embeddings/.cache, so nothing is paid twice); `lsa`,
+TF-IDF and a truncated SVD of the texts: offline, a plain baseline, each source in a space of its own.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import importlib
 import io
-import json
-import lzma
 import math
 import os
+import pickle
 import re
-import struct
 import sys
-import threading
 import urllib.parse
 import zipfile
-import zlib
 from array import array
 from collections import Counter
+from pathlib import PurePosixPath
 
 import numpy as np
+import scipy.sparse
+from tqdm import tqdm
 
-stage01 = importlib.import_module("01_fetch_annotations")
+shared = importlib.import_module("01_fetch_annotations")
 
-BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/"
+BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings"
 GENEPT = {"url": "https://zenodo.org/api/records/10833191/files/GenePT_emebdding_v2.zip/content",
           "size": 574_395_233, "md5": "3f6ce4317e3a0091978ae5cb8fbf05a3"}
 PUBLISHED = {  # (source, mode): a pickle of the bucket, or a member of GenePT's archive; spelled as released
@@ -54,635 +54,539 @@ PUBLISHED = {  # (source, mode): a pickle of the bucket, or a member of GenePT's
     ("genept", "concat"): "GenePT_gene_embedding_ada_text.pickle",
     ("genept_protein", "concat"): "GenePT_gene_protein_embedding_model_3_text.pickle",
 }
-MAX_STACK, MAX_DEPTH, MAX_MEMO = 100_000, 20, 5_000_000  # of a pickle; the released ones stay far below
 
 OPENAI_URL = "https://api.openai.com/v1"
 MAX_INPUTS, MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 2048, 300_000, 8_191  # the API's limits
-BYTES_PER_TOKEN = 4  # of English, for estimates; the limits are kept with 3, which leaves a margin
-N_IN_FLIGHT, N_ATTEMPTS = 4, 8
-DOLLARS_PER_MILLION_TOKENS = {"text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
-PRICES_NOTED = "May 2026"
+BYTES_PER_TOKEN = 4  # of English, for estimates
+LEAST_BYTES_PER_TOKEN = 3  # the limits are kept with this, which leaves a margin
+PRICES = {"text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
+PRICES_NOTED = "May 2026"  # in dollars per million tokens
 
 LSA_DIM = 256  # most dimensions of an lsa vector
 MAX_POINTS = 20_000  # of a figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The texts
 
-def read_texts(path, source, mode, made_by, max_bytes=None):
-    """What is to be embedded for one source of annotations.h5: `genes` (N), the distinct `texts` (T), cut to `max_bytes`,
-    and the sparse matrix (N, T) that takes text vectors to gene vectors (concat: a single 1 in each row; avg: 1 / number
-    of terms)."""
-    import scipy.sparse
-    with stage01.open_h5(path, made_by) as file:
+def read_texts(path, source, mode, made_by):
+    """Genes (N) of a source of annotations.h5, the texts to embed for them (M), and offsets (N + 1).
+
+    The texts of gene i are texts[offsets[i]:offsets[i + 1]]: one in the mode concat, its GO terms in avg.
+    """
+    with shared.read_h5(path, made_by) as file:
         if source not in file:
-            sys.exit(f"error: {path}: no texts of the source {source!r} in it (there are: {', '.join(stage01.in_order(file))}); "
-                     f"run first: python {made_by}")
-        if mode == "avg" and stage01.find(file, f"{source}/terms", path) is None:
+            there = ", ".join(shared.in_order(file))
+            sys.exit(f"error: {path}: no source {source!r} in it (there are: {there}); run first: {made_by}")
+        group = file[source]
+        genes = group["genes"].asstr()[:]
+        if mode == "concat":
+            return genes, group["text"].asstr()[:], np.arange(len(genes) + 1)
+        if "terms" not in group:
             sys.exit(f"error: {path}: source {source!r} has no terms one by one; use --mode concat")
-        genes, texts, offsets = (stage01.find(file, f"{source}/{name}", path) for name in (
-            ("genes", "terms", "term_offsets") if mode == "avg" else ("genes", "text", "genes")))
-        genes, texts = genes.asstr()[:], texts.asstr()[:]
-        offsets = offsets[:] if mode == "avg" else np.arange(len(genes) + 1)
-        n_texts = np.diff(offsets)
-        if offsets.dtype.kind not in "iu" or offsets.shape != (len(genes) + 1,) or offsets[0] != 0 or offsets[-1] != len(texts) or n_texts.min() < 1:
-            raise ValueError(f"genes and texts of {source!r} do not fit")
-    for i in [i for i, text in enumerate(texts) if max_bytes and len(text.encode()) > max_bytes]:
-        gene = genes[np.searchsorted(offsets, i, "right") - 1]
-        print(f"{gene}: text of {len(texts[i]):,} characters cut to {max_bytes:,} bytes")
-        texts[i] = texts[i].encode()[:max_bytes].decode(errors="ignore")
-    distinct, idx = np.unique(texts.astype(object), return_inverse=True)
-    average = scipy.sparse.csr_matrix((np.repeat(1 / n_texts, n_texts), idx, offsets), shape=(len(genes), len(distinct)))
-    return genes, distinct, average
+        return genes, group["terms"].asstr()[:], group["term_offsets"][:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def cut_texts(genes, texts, offsets, max_bytes):
+    """Cut each text to `max_bytes` of UTF-8, in place, with a line that names its gene."""
+    for i, text in enumerate(texts):
+        encoded = text.encode()
+        if len(encoded) > max_bytes:
+            gene = genes[np.searchsorted(offsets, i, "right") - 1]
+            print(f"{gene}: text of {len(text):,} characters cut to {max_bytes:,} bytes")
+            texts[i] = encoded[:max_bytes].decode(errors="ignore")
+
+
+def distinct_texts(texts, offsets):
+    """The T distinct texts, and the sparse matrix (N, T) that takes their vectors to gene vectors.
+
+    A row of it holds 1 / (number of the gene's texts) for each of them: a single 1 in the mode concat.
+    """
+    distinct, text_idx = np.unique(texts, return_inverse=True)
+    n_texts = np.diff(offsets)
+    shares = np.repeat(1 / n_texts, n_texts)
+    return distinct, scipy.sparse.csr_matrix((shares, text_idx, offsets), shape=(len(n_texts), len(distinct)))
+
+
+# ----------------------------------------------------------------------------------------------------------
 # lsa: TF-IDF and a truncated SVD (Deerwester et al. 1990), offline and deterministic
 
+def lsa(texts, counts):
+    """Vectors (T, d) of unit length for T distinct texts, of which each stands `counts` (T) times.
+
+    d is LSA_DIM or the rank of the word matrix, if that is lower. A text that shares no word with others gets
+    zeros. Weights: (1 + log of the count in the text) * log((1 + N) / number of texts with the word).
+    """
+    words = count_words(texts)
+    n_texts_with = (words > 0).T @ counts
+    is_common = n_texts_with > 1  # a word of a single text says nothing about its likeness to others
+    words = words[:, is_common]
+    if not words.nnz:
+        sys.exit("error: lsa: no word stands in two texts; use --embedder openai")
+    rarity = np.log((1 + counts.sum()) / n_texts_with[is_common])
+    words = unit_rows(words @ scipy.sparse.diags(rarity))
+
+    # A text that stands n times counts n times: the SVD takes squares, so its row is scaled by the root of n
+    directions, _ = leading_directions(scipy.sparse.diags(np.sqrt(counts)) @ words, LSA_DIM)
+    return unit_rows(words @ directions)
+
+
+def count_words(texts):
+    """The sparse matrix (T, words) of 1 + log(how often the word stands in the text)."""
+    column_of = {}
+    columns, values, offsets = array("i"), array("f"), array("q", [0])
+    for text in texts:
+        for word, count in Counter(words_of(text)).items():
+            columns.append(column_of.setdefault(word, len(column_of)))
+            values.append(1 + math.log(count))
+        offsets.append(len(columns))
+    shape = len(texts), len(column_of)
+    return scipy.sparse.csr_matrix((values, columns, offsets), shape=shape, dtype=np.float64)
+
+
 def words_of(text):
-    """Lower-case words and pairs of neighbouring words (not across punctuation), without a leading `Gene Symbol X`."""
-    for clause in re.split(r"[,;:.()]", re.sub(r"^Gene Symbol \S+", "", text).lower()):
+    """Yield lower-case words and neighbouring pairs (not across punctuation), no leading `Gene Symbol X`."""
+    text = re.sub(r"^Gene Symbol \S+", "", text).lower()
+    for clause in re.split(r"[,;:.()]", text):
         words = re.findall(r"\w+", clause)
         yield from words
         yield from zip(words, words[1:])
 
 
-def lsa(texts, counts):
-    """Vectors (T, d) of unit length for T distinct texts, of which each stands `counts` (T) times; d is at most LSA_DIM
-    and never more than the rank of the word matrix. A text that shares no word with another gets zeros."""
-    import scipy.sparse
-    columns, indices, values, indptr = {}, array("i"), array("f"), array("q", [0])
-    for text in texts:
-        for word, n in Counter(words_of(text)).items():
-            indices.append(columns.setdefault(word, len(columns)))
-            values.append(1 + math.log(n))
-        indptr.append(len(indices))
-    words = scipy.sparse.csr_matrix((values, indices, indptr), shape=(len(texts), len(columns)), dtype=np.float64)
-    n_with = (words > 0).T @ counts  # texts that hold the word
-    words = words[:, n_with > 1]  # a word of a single text says nothing about its likeness to others
-    if not words.nnz:
-        sys.exit("error: lsa: no word stands in two texts; use --embedder openai")
-    words = unit_rows(words @ scipy.sparse.diags(np.log((1 + counts.sum()) / n_with[n_with > 1])))
-    directions, _ = leading_directions(scipy.sparse.diags(np.sqrt(counts)) @ words, LSA_DIM)
-    return unit_rows(words @ directions)
-
-
 def unit_rows(matrix):
     """A matrix (dense or sparse) with its rows scaled to length 1; zero rows stay."""
-    import scipy.sparse
     squares = matrix.multiply(matrix) if scipy.sparse.issparse(matrix) else matrix * matrix
     norms = np.sqrt(np.asarray(squares.sum(axis=1))).ravel()
     return scipy.sparse.diags(1 / np.where(norms > 0, norms, 1)) @ matrix
 
 
 def leading_directions(matrix, k):
-    """The right singular vectors (m, k) of a matrix (n, m), dense or sparse, and their singular values (k), largest first;
-    fewer if its rank is lower. Block power iteration (Halko et al. 2011, algorithm 4.4), same result at every call."""
+    """Right singular vectors (m, k) of a matrix (n, m), dense or sparse, and its singular values (k).
+
+    Largest first; fewer if the rank is below k. Block power iteration (Halko et al. 2011, algorithm 4.4).
+    """
     width = min(k + 16, *matrix.shape)
     basis = np.random.default_rng(0).standard_normal((matrix.shape[1], width)).astype(matrix.dtype)
     for _ in range(6):
-        basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
-    _, s, rotation = np.linalg.svd(matrix @ basis, full_matrices=False)
-    k = min(k, int((s > 1e-6 * s[0]).sum()))
+        basis, _ = np.linalg.qr(matrix.T @ (matrix @ basis))
+    _, values, rotation = np.linalg.svd(matrix @ basis, full_matrices=False)
+    rank = int((values > 1e-6 * values[0]).sum())
+    k = min(k, rank)
     directions = basis @ rotation[:k].T
-    signs = np.sign(directions[np.abs(directions).argmax(0), np.arange(k)])  # the largest entry is positive
-    return directions * signs, s[:k]
+
+    # Singular vectors are known up to their sign: make the largest entry of each positive
+    largest = np.abs(directions).argmax(axis=0)
+    return directions * np.sign(directions[largest, np.arange(k)]), values[:k]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# published: pickles, read without ever building what they ask for
+# ----------------------------------------------------------------------------------------------------------
+# published: pickled dicts of gene -> vector. A pickle can call any function; here it gets numpy's arrays.
 
-def published(source, mode, folder):
-    """The released vectors of a source: their file (downloaded if need be), its address, and a function that reads genes
-    (N) and vectors (N, d) from it."""
-    if (source, mode) not in PUBLISHED:
-        sys.exit(f"error: no published vectors for --source {source} --mode {mode}; there are "
-                 + ", ".join(f"{s} ({m})" for s, m in PUBLISHED) + "; for others use --embedder openai or lsa")
-    name = PUBLISHED[source, mode]
-    if source.startswith("genept"):
-        path = stage01.download(GENEPT["url"], folder / "GenePT_emebdding_v2.zip", size=GENEPT["size"], md5=GENEPT["md5"])
-        return path, GENEPT["url"], lambda: read_zip(path, name)
-    path = stage01.download(BUCKET + name, folder / urllib.parse.unquote(name))
-    return path, BUCKET + name, lambda: read_pickle(path)
+ADMITTED = {"numpy.ndarray", "numpy.dtype", "_codecs.encode",  # protocol 2 spells bytes with the last
+            "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",  # numpy 1 and 2
+            "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+            "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"}
 
 
-def read_pickle(path):
-    with open(path, "rb", buffering=2**16) as file:
-        return stack_vectors(path, read_vectors(path, file, os.path.getsize(path)))
+class VectorUnpickler(pickle._Unpickler):
+    """Python's unpickler, in pure Python, with lists that become float32 arrays while they are read.
+
+    A Python float takes 32 bytes in a list. The opcodes are explained in Python's pickletools.
+    """
+    dispatch = pickle._Unpickler.dispatch.copy()
+
+    def load_empty_list(self):
+        self.append(array("f"))
+
+    dispatch[pickle.EMPTY_LIST[0]] = load_empty_list
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in ADMITTED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return super().find_class(module, name)
 
 
-def read_zip(path, name):
+def read_pickle(path, member=None):
+    """Genes (N) and vectors (N, d) float32 of a pickled dict gene -> vector, or of one in a zip archive."""
+    place = f"{path}: {member}" if member else str(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = next((m for m in archive.infolist() if m.filename.split("/")[-1] == name), None)
-            if member is None:
-                sys.exit(f"error: {path}: no {name} in it")
-            if member.file_size > max(2**28, 100 * member.compress_size):  # packed numbers are half their size, no less
-                sys.exit(f"error: {path}: {name} in it declares to unpack to {member.file_size / 1e9:,.1f} GB, which no vectors do")
-            with io.BufferedReader(archive.open(member), 2**16) as file:
-                return stack_vectors(path, read_vectors(f"{path}: {name}", file, member.file_size))
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"error: {path}: not a whole zip file ({error}); delete it and run again")
+        with open_member(path, member) if member else open(path, "rb") as file:
+            return stack_vectors(place, VectorUnpickler(file).load())
+    except Exception as error:  # a damaged pickle or archive can raise anything
+        reason = " ".join(str(error).split()) or "it ends too early"
+        sys.exit(f"error: {place}: not a whole file of vectors ({type(error).__name__}: {reason}); "
+                 "delete it and run again")
 
 
-def stack_vectors(path, table):
-    """Genes (N) and vectors (N, d) float32 of a dict gene -> float array; ends the run on ragged or non-finite ones."""
-    if not table:
-        sys.exit(f"error: {path}: no vectors in it")
-    genes, dim = list(table), len(next(iter(table.values())))
+def open_member(path, name):
+    """A member of a zip archive, by its name without folders (and without the dot after a released name)."""
+    with zipfile.ZipFile(path) as archive:
+        members = {PurePosixPath(member).name.rstrip("."): member for member in archive.namelist()}
+        if name not in members:
+            sys.exit(f"error: {path}: no {name} in it; it holds {shared.shown(archive.namelist(), 20)}")
+        return io.BufferedReader(archive.open(members[name]))  # stays open when the archive is closed
+
+
+def stack_vectors(place, table):
+    """Genes (N) and vectors (N, d) float32 of a dict gene -> d numbers, which is emptied on the way."""
+    if not isinstance(table, dict) or not table:
+        sys.exit(f"error: {place}: no dict of genes and vectors")
+    genes = list(table)
+    dim = np.size(table[genes[0]])
     vectors = np.empty((len(genes), dim), np.float32)
     for i, gene in enumerate(genes):
-        vector = np.asarray(table.pop(gene))
+        vector = np.ravel(table.pop(gene))
         if len(vector) != dim or dim == 0:
-            sys.exit(f"error: {path}: the vector of {gene!r} has {len(vector)} numbers, that of {genes[0]!r} {dim}")
-        if not np.isfinite(vector).all():
-            sys.exit(f"error: {path}: the vector of {gene!r} has numbers that are not finite")
+            sys.exit(f"error: {place}: {gene!r} has {len(vector)} numbers, {genes[0]!r} has {dim}")
+        if vector.dtype.kind not in "fiu" or not np.isfinite(vector).all():
+            sys.exit(f"error: {place}: the vector of {gene!r} holds something other than finite numbers")
         vectors[i] = vector
     return genes, vectors
 
 
-def new_dtype(code, *_):
-    if code not in ("f2", "f4", "f8", "i4", "i8"):
-        raise ValueError(f"an array of dtype {(code[:40] if isinstance(code, str) else type(code).__name__)!r} is refused")
-    return [code, "<"]  # a list, since BUILD sets the byte order afterwards
+def fetch_published(source, mode, raw):
+    """The file with the released vectors of a source, downloaded if need be; its address; the member."""
+    if (source, mode) not in PUBLISHED:
+        there = ", ".join(f"{source} ({mode})" for source, mode in PUBLISHED)
+        sys.exit(f"error: no published vectors for --source {source} --mode {mode}; there are {there}; "
+                 "for others use --embedder openai or lsa")
+    name = PUBLISHED[source, mode]
+    if source.startswith("genept"):
+        return shared.download(path=raw / "GenePT_emebdding_v2.zip", **GENEPT), GENEPT["url"], name
+    url = f"{BUCKET}/{name}"
+    return shared.download(url, raw / urllib.parse.unquote(name)), url, None
 
 
-def array_values(raw, dtype, shape):
-    """The bytes of a numpy vector as array("f")."""
-    if not isinstance(dtype, list) or dtype[1] not in ("<", ">", "=", "|"):
-        raise ValueError("an array without a proper dtype is refused")
-    code, order = dtype
-    values = np.frombuffer(raw, np.dtype(order + code))
-    if [n for n in shape if n != 1] != [n for n in values.shape if n != 1]:
-        raise ValueError("an array that is no vector is refused")
-    with np.errstate(over="ignore"):  # what overflows is found as not finite afterwards
-        return array("f", values.astype(np.float32).tobytes())
+# ----------------------------------------------------------------------------------------------------------
+# openai: any server with the OpenAI embeddings API. Each answered batch is a file of the cache: `keys`
+# (n, 32) uint8, the SHA-256 of each text, and `vectors` (n, d) float32. Texts in the cache are not sent.
+
+def key_of(text):
+    return hashlib.sha256(text.encode()).digest()
 
 
-# What a pickled numpy array names, and what is done instead of calling it. (Protocol 2 spells bytes as _codecs.encode.)
-ADMITTED = {"numpy.ndarray": lambda *_: None, "numpy.dtype": new_dtype,
-            "_codecs.encode": lambda text, _: text.encode("latin1")}
-for module in ("numpy.core", "numpy._core"):  # before and since numpy 2
-    ADMITTED[f"{module}.multiarray._reconstruct"] = lambda *_: array("f")  # empty; BUILD brings shape, dtype and bytes
-    ADMITTED[f"{module}.multiarray.scalar"] = lambda dtype, raw: array_values(raw, dtype, (1,))[0]
-    ADMITTED[f"{module}.numeric._frombuffer"] = lambda raw, dtype, shape, *_: array_values(raw, dtype, shape)
-COUNTED = {b"\x8c": (1, str), b"X": (4, str), b"\x8d": (8, str),  # opcode: bytes of the length that follows, type
-           b"C": (1, bytes), b"B": (4, bytes), b"\x8e": (8, bytes), b"\x96": (8, bytes)}
+def server_vectors(texts, args, cache):
+    """Vectors (T, d) float32 of T distinct texts; in a dry run only what they would cost is printed."""
+    wanted, vector_of = {key_of(text) for text in texts}, {}
+    for path in sorted(cache.glob("*.npz")):
+        with np.load(path) as batch:
+            found = {key.tobytes(): vector for key, vector in zip(batch["keys"], batch["vectors"])}
+        vector_of |= {key: found[key] for key in found.keys() & wanted}
+    missing = [text for text in texts if key_of(text) not in vector_of]
 
-
-def read_vectors(path, file, size):
-    """The dict str -> array("f") in a pickle (protocol 2 to 5) of lists, tuples or numpy arrays of numbers, read from a
-    buffered file of `size` bytes. Lists become float32 arrays while they are read, so a file of Python floats
-    takes half its own size in memory. Anything but dict, list, tuple, float, int, str and numpy arrays ends the run, by
-    name, before it is built. Opcodes: the comments of Python's pickletools.
-    """
-    stack, outer, memo, n_numbers = [], [], {}, 0  # outer: the stacks below the open MARKs
-
-    def exactly(n):
-        if n > 2**16 and n > size - file.tell():  # a declared length allocates nothing that is not there
-            raise EOFError
-        data = file.read(n)
-        if len(data) < n:
-            raise EOFError
-        return data
-
-    def remember(key):
-        """Keep the top of the stack for a later GET, unless it is long text or bytes, or holds them: those are the bytes
-        of an array, which no pickler refers to twice, and together they would outweigh the vectors."""
-        parts = stack[-1] if isinstance(stack[-1], tuple) else [stack[-1]]
-        memo[key] = None if any(isinstance(part, (str, bytes)) and len(part) > 256 for part in parts) else stack[-1]
-
-    def line():
-        return file.readline(256).decode("utf-8", "replace").rstrip("\n")
-
-    def floats():
-        """The number after a BINFLOAT opcode and those of the BINFLOATs that follow at once, as far as buffered."""
-        ahead = file.peek(9000)[:9000]
-        n = (len(ahead) + 1) // 9
-        if n < 2:
-            return struct.unpack(">d", exactly(8))
-        others = np.flatnonzero(np.frombuffer(ahead, np.uint8)[8:9 * n - 1:9] != ord("G"))
-        n = 1 + int(others[0]) if len(others) else n
-        file.read(9 * n - 1)
-        return np.ndarray(n, ">f8", ahead, 0, (9,)).tolist()
-
-    def admitted(module, name):
-        full = ".".join([module, name])
-        if full not in ADMITTED:
-            raise ValueError(f"it asks for {full[:80]!r}, which is refused")
-        return ADMITTED[full]
-
-    def vector(value):
-        if isinstance(value, tuple):
-            value = array("f", value)
-        if not isinstance(value, array):
-            raise ValueError(f"a {type(value).__name__} where a vector was expected")
-        return counted(value)
-
-    def counted(values):
-        nonlocal n_numbers
-        n_numbers += len(values)
-        if n_numbers > 2 * size:  # one object under a thousand names
-            raise ValueError("it unfolds to more numbers than it has bytes")
-        return values
-
-    def set_items(table, items):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str):
-                raise ValueError(f"a key is no string but a {type(key).__name__}")
-            if "\0" in key:
-                raise ValueError(f"a key with a NUL in it: {key[:40]!r}")
-            table[key] = vector(value)
-
-    try:
-        if exactly(1) != b"\x80" or exactly(1) not in b"\2\3\4\5":
-            raise ValueError("not a pickle of protocol 2 to 5")
-        while (op := exactly(1)) != b".":
-            if op == b"G":
-                stack.extend(floats())
-            elif op in COUNTED:
-                width, kind = COUNTED[op]
-                data = exactly(int.from_bytes(exactly(width), "little"))
-                stack.append(data.decode() if kind is str else data)
-            elif op in b"K\x8a":
-                stack.append(exactly(1)[0] if op == b"K" else int.from_bytes(exactly(exactly(1)[0]), "little", signed=True))
-            elif op in b"MJ":
-                stack.append(struct.unpack("<H", exactly(2))[0] if op == b"M" else struct.unpack("<i", exactly(4))[0])
-            elif op in b"N\x88\x89":
-                stack.append({b"N": None, b"\x88": True, b"\x89": False}[op])
-            elif op == b"}":
-                stack.append({})
-            elif op == b"]":
-                stack.append(array("f"))
-            elif op == b"(":
-                outer.append(stack)
-                stack = []
-            elif op in b"eut":
-                items, stack = stack, outer.pop()
-                if op == b"e":
-                    stack[-1].extend(items)
-                elif op == b"u":
-                    set_items(stack[-1], items)
-                else:  # a tuple of floats is a gene's vector
-                    stack.append(array("f", items) if items and isinstance(items[0], float) else tuple(items))
-            elif op == b"a":
-                item = stack.pop()
-                stack[-1].append(item)
-            elif op == b"s":
-                value, key = stack.pop(), stack.pop()
-                set_items(stack[-1], [key, value])
-            elif op in b")\x85\x86\x87":
-                n = b")\x85\x86\x87".index(op)
-                stack[len(stack) - n:] = [tuple(stack[len(stack) - n:])]
-            elif op in b"ci":
-                stack.append(admitted(line(), line()))
-            elif op == b"\x93":
-                name, module = stack.pop(), stack.pop()
-                stack.append(admitted(module, name))
-            elif op == b"R":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(function(*arguments))
-            elif op == b"b":
-                state = stack.pop()
-                if isinstance(stack[-1], array):
-                    _, shape, dtype, _, raw = state
-                    stack[-1].extend(counted(array_values(raw, dtype, shape)))
-                elif isinstance(stack[-1], list):
-                    stack[-1][1] = state[1]
-                else:
-                    raise ValueError(f"a state for a {type(stack[-1]).__name__} is refused")
-            elif op == b"\x94":
-                remember(len(memo))
-            elif op in b"qr":
-                remember(int.from_bytes(exactly(1 if op == b"q" else 4), "little"))
-            elif op in b"hj":
-                stack.append(memo[int.from_bytes(exactly(1 if op == b"h" else 4), "little")])
-            elif op == b"\x95":
-                exactly(8)  # FRAME: only tells how much to read ahead
-            else:
-                import pickletools
-                known = pickletools.code2op.get(op.decode("latin1"))
-                raise ValueError(f"opcode {known.name if known else op} is refused")
-            if len(stack) > MAX_STACK or len(outer) > MAX_DEPTH or len(memo) > MAX_MEMO:
-                raise ValueError("nested or repeated beyond what vectors need")
-        table, = stack
-        if not isinstance(table, dict):
-            raise ValueError("no dict of vectors")
-        return table
-    except (EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        gene = next((item for item in reversed(sum(outer, []) + stack) if isinstance(item, str)), None)
-        reason = ("it ends in the middle" if isinstance(error, EOFError) else
-                  "not a pickle of vectors" if isinstance(error, (LookupError, AttributeError)) else str(error))
-        sys.exit(f"error: {path}: {reason}{f' (near {gene[:40]!r})' if gene else ''}; delete it, or get it again")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# openai: any server with the OpenAI embeddings API
-
-def openai_vectors(genes, texts, average, model, base_url, batch_size, cache, dry_run):
-    """Vectors (N, d) from a server, or None in a dry run, which only prints what it would cost. Each finished batch is
-    a file of the folder `cache` at once, and only texts that no such file holds are sent."""
-    position = {hashlib.sha256(text.encode()).digest(): i for i, text in enumerate(texts)}  # column of `average`
-    missing, dims = dict.fromkeys(position.values()), set()
-    for idx, vectors in cached(cache, position):
-        dims.add(vectors.shape[1])
-        for i in idx:
-            del missing[i]
-    n_tokens = sum(math.ceil(len(texts[i].encode()) / BYTES_PER_TOKEN) for i in missing)
-    price = DOLLARS_PER_MILLION_TOKENS.get(model)
-    cost = (f"about ${n_tokens * price / 1e6:.4f} ({model}, price noted in {PRICES_NOTED})" if price is not None else
-            f"no price known for {model}")
-    print(f"{len(genes):,} genes, {len(position):,} distinct texts, {len(position) - len(missing):,} of them embedded "
-          f"before; to send: {len(missing):,} texts, about {n_tokens:,} tokens, {cost}", flush=True)
-    if dry_run:
+    n_tokens = sum(math.ceil(len(text.encode()) / BYTES_PER_TOKEN) for text in missing)
+    cost = f"no price known for {args.model}"
+    if args.model in PRICES:
+        dollars = n_tokens * PRICES[args.model] / 1e6
+        cost = f"about ${dollars:.4f} ({args.model}, price noted in {PRICES_NOTED})"
+    print(f"{len(texts):,} distinct texts, {len(texts) - len(missing):,} of them embedded before; "
+          f"to send: {len(missing):,} texts, about {n_tokens:,} tokens, {cost}")
+    if args.dry_run:
         return None
     if missing:
-        send([texts[i] for i in missing], model, base_url, batch_size, cache, dims)
-
-    average, total = average.tocsc(), None
-    for idx, vectors in cached(cache, position):  # one batch in memory at a time: a million terms are too many at once
-        if total is None:
-            total = np.zeros((len(genes), vectors.shape[1]))
-        part = average[:, idx].tocsr()
-        rows = np.flatnonzero(np.diff(part.indptr))
-        total[rows] += part[rows] @ vectors
-    return total
+        send(missing, args, cache, vector_of)
+    return np.stack([vector_of[key_of(text)] for text in texts])
 
 
-def cached(cache, position):
-    """Yield, for each batch on disk, where its texts stand in `position` (n) and their vectors (n, d); each text once."""
-    left = dict(position)
-    for path in sorted(cache.glob("*.npz")):
-        try:
-            with np.load(path) as batch:
-                found = [(left.pop(key.tobytes()), row) for row, key in enumerate(batch["keys"]) if key.tobytes() in left]
-                if found:
-                    idx, rows = zip(*found)
-                    yield list(idx), batch["vectors"][list(rows)]
-        except (ValueError, LookupError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-            sys.exit(f"error: {path}: damaged ({error}); delete it, and its texts are sent again")
+def send(texts, args, cache, vector_of):
+    """Embed texts, batch after batch, into the cache and into vector_of {key: vector (d)}.
 
-
-def send(texts, model, base_url, batch_size, cache, dims):
-    """Embed texts with several requests in flight, each finished batch to a file of `cache`: `keys` (n, 32), the SHA-256
-    of each text, and `vectors` (n, d). `dims`: the set of d so far. Ends the run on what the server refuses."""
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-    import openai
-    from tqdm import tqdm
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key and base_url == OPENAI_URL:
+    Ends the run in one line on what the server refuses; a busy server or a broken connection is tried again.
+    """
+    import openai  # here, since it takes a second and most runs do without
+    url, api_key = args.base_url, os.environ.get("OPENAI_API_KEY", "").strip()
+    if not api_key and url == OPENAI_URL:
         sys.exit("error: set the environment variable OPENAI_API_KEY, or name another server with --base-url")
-    if not re.fullmatch(r"[!-~]*", key):  # such a key would be quoted in the HTTP library's error
+    if not re.fullmatch(r"[!-~]*", api_key):  # the HTTP library would quote it in an error
         sys.exit("error: OPENAI_API_KEY holds blanks or letters that no key has")
-    client = openai.OpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=10 * stage01.TIMEOUT)  # of a slow server of one's own
-    stop = threading.Event()
+    client = openai.OpenAI(api_key=api_key or "none", base_url=url, max_retries=8, timeout=600)  # seconds
 
-    def embed(batch):
-        if stop.is_set():
-            return 0
+    progress = tqdm(total=len(texts), unit=" texts", disable=None)
+    for batch in batches(texts, args.batch_size):
         try:
-            vectors = request(client, model, batch, key, stop)
-        except BaseException:
-            stop.set()  # what the server refuses once it need not be asked again
-            raise
-        dims.add(vectors.shape[1])
-        if len(dims) > 1:
-            sys.exit(f"error: {base_url}: vectors of different lengths ({', '.join(map(str, sorted(dims)))} numbers); "
+            vectors = ask(client, args.model, batch)
+        except openai.OpenAIError as error:
+            sys.exit(f"error: {url} {why_refused(error, args.model, api_key)}")
+        except (AttributeError, TypeError, ValueError) as error:
+            sys.exit(f"error: {url}: no answer of the embeddings API ({without_key(error, api_key)})")
+        dim, dim_before = vectors.shape[1], len(next(iter(vector_of.values()), vectors[0]))
+        if dim != dim_before:
+            sys.exit(f"error: {url}: vectors of {dim} numbers, before it was {dim_before}; "
                      f"if the model has changed, delete {cache}")
-        keys = np.array([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in batch])
-        with stage01.replacing(cache / f"{hashlib.sha256(keys.tobytes()).hexdigest()[:32]}.npz") as partial:
-            with open(partial, "wb") as file:
-                np.savez(file, keys=keys, vectors=vectors)
-        return len(batch)
 
-    pool = ThreadPoolExecutor(N_IN_FLIGHT)
-    try:
-        done = as_completed([pool.submit(embed, batch) for batch in batches(texts, batch_size)])
-        with tqdm(total=len(texts), unit=" texts", disable=None) as bar:
-            for future in done:
-                bar.update(future.result())
-    finally:  # what is in flight still finishes, and is kept
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        keys = [key_of(text) for text in batch]
+        with shared.replacing(cache / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npz") as partial:
+            with open(partial, "wb") as file:  # given a name, numpy would add .npz to it
+                np.savez(file, keys=np.array([list(key) for key in keys], np.uint8), vectors=vectors)
+        vector_of.update(zip(keys, vectors))
+        progress.update(len(batch))
+    progress.close()
 
 
 def batches(texts, batch_size):
     """Yield lists of texts within the API's limits on texts and tokens a request."""
     batch, n_bytes = [], 0
     for text in texts:
-        n = len(text.encode())
-        if len(batch) == batch_size or n_bytes + n > 3 * MAX_REQUEST_TOKENS:
+        n_more = len(text.encode())
+        if len(batch) == batch_size or n_bytes + n_more > LEAST_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS:
             yield batch
             batch, n_bytes = [], 0
         batch.append(text)
-        n_bytes += n
+        n_bytes += n_more
     yield batch
 
 
-def request(client, model, batch, key, stop):
-    """Vectors (n, d) float32 of one batch of texts. Waits and tries again when the server is busy, broken or away."""
-    import openai
-    for attempt in range(N_ATTEMPTS):
-        try:
-            data = client.embeddings.create(model=model, input=batch).data
-            if sorted(item.index for item in data) != list(range(len(batch))):
-                sys.exit(f"error: {client.base_url}: {len(data)} vectors for {len(batch)} texts")
-            vectors = np.array([item.embedding for item in sorted(data, key=lambda item: item.index)], dtype=np.float32)
-            if vectors.ndim != 2 or not vectors.shape[1] or not np.isfinite(vectors).all():
-                sys.exit(f"error: {client.base_url}: vectors of no length, or with numbers that are not finite")
-            return vectors
-        except openai.APIConnectionError as error:
-            reason, wait = f"no answer ({stage01.without(key, error.__cause__ or error)})", 0
-        except openai.APIStatusError as error:
-            reason, wait = f"status {error.status_code}: {stage01.without(key, error.message)}", stage01.retry_after(error.response)
-            if error.status_code in (401, 403):  # such answers quote parts of the key
-                sys.exit(f"error: {client.base_url} refuses the key ({error.status_code}); check OPENAI_API_KEY")
-            if error.status_code == 404:
-                sys.exit(f"error: {client.base_url} knows no model {model!r} (404); check --model, and --base-url, "
-                         "which usually ends in /v1")
-            if (error.status_code < 500 and error.status_code not in (408, 409, 429)) or error.code == "insufficient_quota":
-                sys.exit(f"error: {client.base_url}: {reason}")
-        except (openai.OpenAIError, AttributeError, TypeError, ValueError, RecursionError) as error:
-            sys.exit(f"error: {client.base_url}: no answer of the embeddings API ({stage01.without(key, error)})")
-        if stop.is_set() or attempt == N_ATTEMPTS - 1 or wait > stage01.LONGEST_WAIT:
-            break
-        wait = max(wait, stage01.FIRST_WAIT * 2 ** attempt / 2)
-        sys.stderr.write(f"{client.base_url}: {reason}; next try in {wait:.0f} s\n")  # one write: other threads write, too
-        stop.wait(wait)
-    sys.exit(f"error: {client.base_url}: {reason}; the same command goes on from what is already on disk")
+def ask(client, model, batch):
+    """Vectors (n, d) float32 of n texts; ValueError, TypeError or AttributeError if the answer lacks them."""
+    answer = client.embeddings.create(model=model, input=batch, encoding_format="float").data
+    answer = sorted(answer, key=lambda item: item.index)  # the order is not promised
+    if [item.index for item in answer] != list(range(len(batch))):
+        raise ValueError(f"{len(answer)} vectors for {len(batch)} texts")
+    vectors = np.array([item.embedding for item in answer], np.float32)
+    if vectors.ndim != 2 or not vectors.shape[1] or not np.isfinite(vectors).all():
+        raise ValueError("vectors without numbers, or with some that are not finite")
+    return vectors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def why_refused(error, model, api_key):
+    """What the server did, after its address in a message: one line without the key. error: openai's."""
+    status = getattr(error, "status_code", None)
+    if status in (401, 403):  # such answers quote parts of the key
+        return f"refuses the key ({status}); check OPENAI_API_KEY"
+    if status == 404:
+        return f"knows no model {model!r} (404); check --model, and --base-url, which usually ends in /v1"
+    words = without_key(error.__cause__ or error, api_key)  # the server's, or why there was no answer
+    return f"did not embed the texts ({words}); the same command goes on from what is already on disk"
+
+
+def without_key(words, api_key):
+    """Words on one line, without those that show four characters of the key in a row (servers quote it)."""
+    pieces = {api_key[i:i + 4] for i in range(len(api_key) - 3)}
+    hidden = ["***" if any(piece in word for piece in pieces) else word for word in str(words).split()]
+    return " ".join(hidden)[:300]
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The figure
 
 def read_column(spec):
-    """The name of a column and its values by gene, from FILE.tsv:COLUMN (tab-separated, with a column `gene`)."""
+    """The name of a column and its values {gene: value}, from FILE.tsv:COLUMN with a column `gene`."""
     path, _, column = spec.rpartition(":")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t")
-            if not {"gene", column} <= set(rows.fieldnames or ()):
-                sys.exit(f"error: --color {spec}: expected FILE.tsv:COLUMN, tab-separated, with columns gene and COLUMN")
-            return column, {row["gene"]: row[column] or "" for row in rows}
-    except (UnicodeDecodeError, csv.Error) as error:
-        sys.exit(f"error: {path}: not a tab-separated file in UTF-8 ({error})")
+    rows = csv.DictReader((line for _, line in shared.read_lines(path)), delimiter="\t")
+    if not {"gene", column} <= set(rows.fieldnames or ()):
+        sys.exit(f"error: --color {spec}: expected FILE.tsv:COLUMN, tab-separated, columns gene and COLUMN")
+    return column, {row["gene"]: row[column] or "" for row in rows}
 
 
 def some_vectors(path, most):
-    """At most `most` genes (n) of an embedding file, drawn at random, their vectors (n, d), and how many genes it has."""
-    genes, vectors = stage01.read_embeddings(path, "02_embed.py")
-    shown = np.sort(np.random.default_rng(0).permutation(len(genes))[:most])
-    return genes[shown], vectors[shown], len(genes)
+    """At most `most` genes (n) of a file, drawn at random, their vectors (n, d), and how many it has."""
+    genes, vectors = read_embeddings(path)
+    drawn = np.sort(np.random.default_rng(0).permutation(len(genes))[:most])
+    return genes[drawn], vectors[drawn], len(genes)
 
 
 def project(vectors):
-    """Two coordinates (n, 2) for n vectors, and the axes' names: UMAP where umap-learn is installed, else PCA."""
-    try:
-        import umap
-        return umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors), ["UMAP 1", "UMAP 2"]
-    except ImportError:
-        centred = vectors - vectors.mean(axis=0)
-        directions, s = leading_directions(centred, 2)
-        shares = np.pad(s ** 2 / max((centred ** 2).sum(), 1e-30), (0, 2 - len(s)))
-        return (np.pad(centred @ directions, ((0, 0), (0, 2 - len(s)))),
-                [f"principal component {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares)])
+    """Two coordinates (n, 2) for n vectors, and the axes' names: by UMAP if it can run, else by PCA."""
+    if len(vectors) >= 10:
+        with contextlib.suppress(ImportError):
+            import umap  # here, since it need not be installed, and takes seconds
+            xy = umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
+            return xy, ["UMAP 1", "UMAP 2"]
+    centred = vectors - vectors.mean(axis=0)
+    directions, values = leading_directions(centred, 2)
+    n_missing = 2 - len(values)  # of rank 1 or 0: the other coordinates are zero
+    xy = np.pad(centred @ directions, ((0, 0), (0, n_missing)))
+    shares = np.pad(values ** 2 / max((centred ** 2).sum(), 1e-30), (0, n_missing))
+    return xy, [f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
 
 
-def draw(path, title, vectors, labels, legend):
-    """Draw the projection of vectors (n, d), coloured by n labels: numbers on a scale, words as categories (the most
-    frequent ones in colours, the others grey like points without a label)."""
-    xy, axis_names = project(vectors)
-    figure, colors = stage01.new_figure(7, 5.5, title), stage01.COLORS
-    axes = figure.subplots()
-    style = {"s": 8 if len(labels) > 1000 else 25, "linewidths": 0, "alpha": 0.6}
+def as_numbers(labels):
+    """Labels as floats (n), NaN where there is none; None if they are words, or all missing."""
     try:
         numbers = np.array([float(label or "nan") for label in labels])
     except ValueError:
-        numbers = None
-    if numbers is not None and np.isfinite(numbers).any():
-        axes.scatter(*xy[~np.isfinite(numbers)].T, color="#BBBBBB", **style)
-        known = np.isfinite(numbers)
-        figure.colorbar(axes.scatter(*xy[known].T, c=numbers[known], cmap="viridis", **style), label=legend)
+        return None
+    return numbers if np.isfinite(numbers).any() else None
+
+
+def draw(path, title, vectors, labels, legend):
+    """Draw the projection of vectors (n, d), coloured by n labels: numbers on a scale, words as groups.
+
+    The commonest groups have colours, the others are grey like points without a label.
+    """
+    xy, axis_names = project(vectors)
+    figure = shared.new_figure(7, 5.5, title)
+    axes = figure.subplots()
+    style = {"s": 8 if len(labels) > 1000 else 25, "linewidths": 0, "alpha": 0.6}
+
+    numbers = as_numbers(labels)
+    if numbers is not None:
+        is_known = np.isfinite(numbers)
+        axes.scatter(*xy[~is_known].T, color=shared.GREY, **style)
+        points = axes.scatter(*xy[is_known].T, c=numbers[is_known], cmap="viridis", **style)
+        figure.colorbar(points, label=legend)
     else:
-        groups = dict(zip([label for label, _ in Counter(filter(None, labels)).most_common(len(colors))], colors))
-        other = [i for i, label in enumerate(labels) if label not in groups]
-        axes.scatter(*xy[other].T, color="#BBBBBB" if groups else colors[0], label="other" if other else None, **style)
-        for group, color in groups.items():
-            axes.scatter(*xy[[label == group for label in labels]].T, color=color, label=group, **style)
-        if groups:
+        commonest = Counter(filter(None, labels)).most_common(len(shared.COLORS))
+        color_of = {group: color for (group, _), color in zip(commonest, shared.COLORS)}
+        other = [i for i, label in enumerate(labels) if label not in color_of]
+        axes.scatter(*xy[other].T, color=shared.GREY if color_of else shared.COLORS[0],
+                     label="other" if other else None, **style)
+        for group, color in color_of.items():
+            in_group = [label == group for label in labels]
+            axes.scatter(*xy[in_group].T, color=color, label=group, **style)
+        if color_of:
             figure.legend(title=legend, loc="outside right upper", fontsize=8)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
-    stage01.save_figure(figure, path)
+    shared.save_figure(figure, path)
     print(f"{path}: projection")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The embedding file
 
-def options():
-    parser = argparse.ArgumentParser(description=__doc__)
-    stage01.common_options(parser)
-    parser.add_argument("--source", nargs="+", metavar="NAME", help=f"{', '.join(stage01.SOURCES)}, a name of your own, or "
-                        "with published genept, genept_protein (default: all there are on the demo, otherwise go_all, which "
-                        "stage 04 trains by default)")
+def write_embeddings(path, made, genes, vectors, **attributes):
+    """Write genes (N) and vectors (N, d) with their attributes."""
+    with shared.write_h5(path, made) as file:
+        shared.write_strings(file, "genes", genes)
+        file["vectors"] = vectors.astype(np.float32, copy=False)
+        file.attrs.update(dim=vectors.shape[1], **attributes)
+    print(f"{path}: {len(genes):,} vectors of {vectors.shape[1]:,} numbers")
+
+
+def read_embeddings(path, made_by=None):
+    """Genes (N) and vectors (N, d) float32 of an embedding file. made_by: the command that makes it."""
+    with shared.read_h5(path, made_by) as file:
+        return file["genes"].asstr()[:], file["vectors"][:]
+
+
+def embed_published(args, source, path):
+    """Write the released vectors of a source to `path`, unless they are there; whether it was written."""
+    released, url, member = fetch_published(source, args.mode, path.parent.parent / "raw")
+    options = {"embedder": "published", "mode": args.mode}
+    made = shared.made_from(options, {released.name: shared.fingerprint(released)})
+    if shared.is_current(path, made, args.force):
+        return False
+    genes, vectors = read_pickle(released, member)
+    origin = {"url": url, "sha256": shared.checksum(released)}
+    write_embeddings(path, made, genes, vectors, source=source, **options, **origin)
+    return True
+
+
+def embed_texts(args, source, embedder, path):
+    """Embed the texts of a source to `path`, unless it is there (or in a dry run); whether it was written."""
+    annotations = path.parent.parent / "annotations.h5"
+    words = ("--source", source) if source in shared.SOURCES else ("--tsv", f"{source}=FILE")
+    made_by = shared.command("01_fetch_annotations.py", args, *words)
+    genes, texts, offsets = read_texts(annotations, source, args.mode, made_by)
+
+    server = {"model": args.model, "base_url": args.base_url} if args.embedder == "openai" else {}
+    options = {"embedder": embedder, "mode": args.mode, **(server or {"dim": LSA_DIM})}
+    made = shared.made_from(options, {f"annotations.h5 {source}": shared.fingerprint(annotations, source)})
+    if shared.is_current(path, made, args.force):
+        return False
+
+    if server:
+        cut_texts(genes, texts, offsets, LEAST_BYTES_PER_TOKEN * MAX_TEXT_TOKENS)
+    texts, average = distinct_texts(texts, offsets)
+    if server:
+        url_hash = hashlib.sha256(args.base_url.encode()).hexdigest()
+        vectors = server_vectors(texts, args, path.parent / ".cache" / f"{embedder}.{url_hash[:8]}")
+        if args.dry_run:
+            return False
+    else:
+        vectors = lsa(texts, np.bincount(average.indices))
+    about = {"source": source, "embedder": embedder, "mode": args.mode, **server}
+    write_embeddings(path, made, genes, average @ vectors, **about)
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def parse_arguments():
+    parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--source", nargs="+", metavar="NAME",
+                        help=f"{', '.join(shared.SOURCES)}, a name of your own, or with published genept, "
+                             "genept_protein (default: all there are on the demo, otherwise go_all)")
     parser.add_argument("--embedder", choices=("published", "openai", "lsa"),
                         help="(default: lsa on the demo, otherwise published)")
     parser.add_argument("--mode", choices=("concat", "avg"), default="concat",
                         help="embed one text a gene, or each GO term and take the mean (default: concat)")
-    parser.add_argument("--color", metavar="FILE.tsv:COLUMN", help="colour the figure's points by a column of a "
-                        "tab-separated file with a column gene")
+    parser.add_argument("--color", metavar="FILE.tsv:COLUMN",
+                        help="colour the figure by a column of a tab-separated file with a column gene")
     group = parser.add_argument_group("with --embedder openai")
-    group.add_argument("--model", default="text-embedding-ada-002", metavar="NAME", help="(default: text-embedding-ada-002)")
+    group.add_argument("--model", default="text-embedding-ada-002", metavar="NAME",
+                       help="(default: text-embedding-ada-002)")
     group.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI_URL, metavar="URL",
                        help=f"the server (default: OPENAI_BASE_URL, or {OPENAI_URL})")
-    group.add_argument("--batch-size", type=int, default=512, metavar="N", help="most texts a request; the API takes 2048, "
-                       "some servers fewer (default: 512)")
-    group.add_argument("--dry-run", action="store_true", help="print texts, tokens and cost (estimates); send nothing")
+    group.add_argument("--batch-size", type=int, default=512, metavar="N",
+                       help=f"most texts a request, up to {MAX_INPUTS}; some servers take few (default: 512)")
+    group.add_argument("--dry-run", action="store_true",
+                       help="print texts, tokens and cost (estimates); send nothing")
     args = parser.parse_args()
+
     args.base_url = args.base_url.rstrip("/")
     args.embedder = args.embedder or ("lsa" if args.dataset == "demo" else "published")
     if not 1 <= args.batch_size <= MAX_INPUTS:
         sys.exit(f"error: --batch-size {args.batch_size}: from 1 to {MAX_INPUTS}")
-    if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[!-~]*)?", args.base_url, re.ASCII) or re.search("[@?#]", args.base_url):
+    if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", args.base_url):
         sys.exit("error: --base-url: expected http://host/v1 or https://host/v1, with no password in it")
     if args.embedder == "published" and args.dataset == "demo":
-        sys.exit("error: nobody has published vectors for the demo's invented genes; use --embedder lsa or openai")
+        sys.exit("error: no vectors are published for the demo's genes; use --embedder lsa or openai")
     if args.dry_run and args.embedder != "openai":
         sys.exit(f"error: --dry-run: --embedder {args.embedder} sends nothing and costs nothing")
+    for source in args.source or ():
+        shared.check_name(source, "--source")
     return args
 
 
-def embed_source(args, source, embedder, path):
-    """Make the file `path` of one source, unless it is there already (or this is a dry run); whether it was made."""
-    data = args.root / "data" / stage01.space_of(args.dataset)
-    decides, origin = {"embedder": embedder, "mode": args.mode}, {}
-    if args.embedder == "published":
-        released, url, read = published(source, args.mode, data / "raw")
-        made, origin = stage01.made_from(decides, [released]), {"url": url}
-    else:
-        made_by = ("01_fetch_annotations.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}")
-                   + (f" --source {source}" if source in stage01.SOURCES else f" --tsv {source}=FILE"))
-        genes, texts, average = read_texts(data / "annotations.h5", source, args.mode, made_by,
-                                           3 * MAX_TEXT_TOKENS if args.embedder == "openai" else None)
-        decides |= {"dim": LSA_DIM} if args.embedder == "lsa" else {"model": args.model, "base_url": args.base_url}
-        content = json.dumps([list(genes), list(texts), average.indices.tolist(), average.indptr.tolist()])
-        inputs = {f"annotations.h5 {source}": hashlib.sha256(content.encode()).hexdigest()}  # other sources do not count
-        made = json.dumps({"options": decides, "inputs": inputs}, sort_keys=True)
-    if stage01.is_current(path, made, args.force):
-        return False
-    if args.embedder == "published":
-        genes, vectors = read()
-        origin["sha256"] = stage01.checksum(released, "sha256")
-    elif args.embedder == "lsa":
-        vectors = average @ lsa(texts, np.bincount(average.indices))
-    else:
-        cache = path.parent / ".cache" / f"{embedder}.{hashlib.sha256(args.base_url.encode()).hexdigest()[:8]}"
-        vectors = openai_vectors(genes, texts, average, args.model, args.base_url, args.batch_size, cache, args.dry_run)
-        if args.dry_run:
-            return False
-        origin = {"model": args.model, "base_url": args.base_url}
-    with stage01.write_h5(path, made) as file:
-        stage01.write_strings(file, "genes", genes)
-        file["vectors"] = vectors.astype(np.float32, copy=False)
-        file.attrs.update(source=source, embedder=embedder, mode=args.mode, dim=vectors.shape[1], **origin)
-    print(f"{path}: {len(genes):,} vectors of {vectors.shape[1]:,} numbers")
-    return True
+def default_sources(args, annotations):
+    """The demo's sources that have what the mode embeds; for human genes, stage 04's default."""
+    if args.dataset != "demo":
+        return ["go_all"]
+    with shared.read_h5(annotations, shared.command("01_fetch_annotations.py", args)) as file:
+        return [name for name in shared.in_order(file) if args.mode == "concat" or "terms" in file[name]]
 
 
 def main():
-    args = options()
-    space = stage01.space_of(args.dataset)
+    args = parse_arguments()
+    space = shared.space_of(args.dataset)
     folder = args.root / "data" / space / "embeddings"
+    sources = args.source or default_sources(args, folder.parent / "annotations.h5")
+    embedder = re.sub(r"[^A-Za-z0-9.+-]+", "_", args.model) if args.embedder == "openai" else args.embedder
+    paths = [folder / f"{source}.{embedder}.{args.mode}.h5" for source in sources]
     column, label_of = read_column(args.color) if args.color else ("", {})
     note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
-    sources = args.source or ["go_all"]
-    if space == "demo" and not args.source:
-        annotations = folder.parent / "annotations.h5"
-        with stage01.open_h5(annotations, "01_fetch_annotations.py") as file:
-            sources = [s for s in file if args.mode == "concat" or stage01.find(file, f"{s}/terms", annotations) is not None]
-    embedder = re.sub(r"[^A-Za-z0-9.+-]+", "_", args.model) if args.embedder == "openai" else args.embedder
 
-    made_any = False
-    paths = [folder / f"{stage01.check_name(source, '--source')}.{embedder}.{args.mode}.h5" for source in sources]
+    # The vectors of each source, and a figure of them
+    wrote_any = False
     for source, path in zip(sources, paths):
-        made = embed_source(args, source, embedder, path)
-        made_any |= made
-        figure = path.with_suffix(".png")
-        if not args.dry_run and (made or args.color or not figure.exists()):
+        if embedder == "published":
+            is_new = embed_published(args, source, path)
+        else:
+            is_new = embed_texts(args, source, embedder, path)
+        wrote_any |= is_new
+        if args.dry_run:
+            continue
+        figure_path = path.with_suffix(".png")
+        if is_new or args.color or not figure_path.exists():
             genes, vectors, n_all = some_vectors(path, MAX_POINTS)
-            of = f" of {n_all:,}" if len(genes) < n_all else ""
-            draw(figure, f"{note}{source}, {embedder}, {args.mode}: {len(genes):,}{of} genes", vectors,
-                 [label_of.get(gene, "") for gene in genes], column)
-    if made_any and len(sources) > 1 and embedder != "lsa":  # lsa: another space for each source
-        read = [some_vectors(path, MAX_POINTS // len(sources)) for path in paths]
-        if len({vectors.shape[1] for _, vectors, _ in read}) == 1:
-            labels = [source for source, (genes, _, _) in zip(sources, read) for _ in genes]
-            draw(folder / f"sources.{embedder}.{args.mode}.png", f"{note}{embedder}, {args.mode}",
-                 np.vstack([vectors for _, vectors, _ in read]), labels, "source")
+            n_drawn = f"{len(genes):,}" + (f" of {n_all:,}" if len(genes) < n_all else "")
+            labels = [label_of.get(gene, "") for gene in genes]
+            title = f"{note}{source}, {embedder}, {args.mode}: {n_drawn} genes"
+            draw(figure_path, title, vectors, labels, column)
+
+    # All sources in one figure, where they share a space (with lsa each has its own)
+    if wrote_any and len(sources) > 1 and embedder != "lsa":
+        drawn = [some_vectors(path, MAX_POINTS // len(sources))[1] for path in paths]
+        if len({vectors.shape[1] for vectors in drawn}) == 1:
+            labels = [source for source, vectors in zip(sources, drawn) for _ in vectors]
+            figure_path = folder / f"sources.{embedder}.{args.mode}.png"
+            draw(figure_path, f"{note}{embedder}, {args.mode}", np.vstack(drawn), labels, "source")
+
     if not args.dry_run:
-        print("next: python 03_prepare_data.py" + ("" if args.dataset == "demo" else f" --dataset {args.dataset}")
-              + ("" if args.dataset in ("demo", *stage01.HOSTED) else " --h5ad FILE"))
+        own_cells = [] if args.dataset in ("demo", *shared.HOSTED) else ["--h5ad", "FILE"]
+        print("next: " + shared.command("03_prepare_data.py", args, *own_cells))
 
 
 if __name__ == "__main__":
-    stage01.run(main)
+    shared.run(main)

@@ -3,7 +3,7 @@
 This file stands alone: copy it anywhere, it imports torch and numpy only.
 
     import numpy as np, model
-    net = model.load("model.pt")                       # the authors' files: model.load_released("best_model_seed_42.pt")
+    net = model.load("model.pt")                # the authors' files: model.load_released("best_model_seed_42.pt")
     predicted = model.predict(net, gene_ids, control, perturbed_idx=[7])
 
 `gene_ids` (G,) are rows of the scGPT vocabulary (vocab.json; `<pad>` for genes that it does not have),
@@ -281,7 +281,7 @@ def _check_inputs(model, gene_ids, control, perturbed_idx):
     """Raise ValueError for inputs of `predict` that do not fit each other or the model."""
     n_genes, n_tokens = len(gene_ids), model.config.n_tokens
     if control.ndim != 2 or gene_ids.ndim != 1 or control.shape[1] != n_genes:
-        raise ValueError(f"control has the shape {control.shape}, expected (cells, {n_genes}) as for gene_ids")
+        raise ValueError(f"control has the shape {control.shape}, not (cells, {n_genes}) as gene_ids have")
     if not np.all((0 <= perturbed_idx) & (perturbed_idx < n_genes)):
         raise ValueError(f"perturbed_idx {perturbed_idx.tolist()}: positions run from 0 to {n_genes - 1}")
     outside = (gene_ids < 0) | (gene_ids >= n_tokens)
@@ -399,8 +399,8 @@ def _read(path):
     except OSError:
         raise
     except Exception:  # torch raises many kinds for a broken file, and advises to run what is in it
-        raise ValueError(f"{path}: expected weights as torch.save writes them (a dict of names and tensors), found "
-                         "another kind of file, or a damaged one") from None
+        raise ValueError(f"{path}: expected weights as torch.save writes them (a dict of names and tensors), not "
+                         "another kind of file or a damaged one") from None
     if not isinstance(file, dict) or not all(isinstance(key, str) for key in file):
         raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of names and tensors")
     return file

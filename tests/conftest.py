@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m soak"))
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Downloads within the test's process that wait hundredths of a second between tries, and one for a silent server."""
+    shared = importlib.import_module("01_fetch_annotations")
+    monkeypatch.setattr(shared, "BACKOFF", 0.01)
+    monkeypatch.setattr(shared, "TIMEOUT", 1)
+
+
 @pytest.fixture(scope="session")
 def stage():
     """Import a script as a module: stage("03_prepare_data")."""
@@ -46,9 +54,19 @@ def run_process(script, *args, root=None, env=None, cwd=None, check=True, timeou
     return done
 
 
+def start_process(script, *args, root=None, env=None):
+    """Start a script in a process of its own, with short waits between tries, and return it at once: to be killed, or
+    to run beside another."""
+    code = ("import importlib; shared = importlib.import_module('01_fetch_annotations'); shared.BACKOFF = 0.01; "
+            f"shared.run(importlib.import_module('{Path(script).stem}').main)")
+    environment = {**os.environ, "PYTHONPATH": str(KIT), **(env or {})}
+    return subprocess.Popen([sys.executable, "-c", code, *command_of(script, args, root)[1:]], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def run_script(script, *args, root=None, check=True):
-    """The same within this process, which saves the seconds that imports take: returncode, stdout, stderr. An exception
-    other than SystemExit (a user would see a traceback) is raised here."""
+    """Run a script as a user does, but within this process, which saves the seconds that imports take: returncode,
+    stdout, stderr. An exception other than SystemExit (a user would see a traceback) is raised here."""
     main, run = importlib.import_module(Path(script).stem).main, importlib.import_module("01_fetch_annotations").run
     done = SimpleNamespace(returncode=0, stdout=io.StringIO(), stderr=io.StringIO())
     with mock.patch.object(sys, "argv", command_of(script, args, root)), contextlib.redirect_stdout(done.stdout), \

@@ -1,6 +1,7 @@
-"""Stage 01 as a process: the demo's texts, own texts, and human genes from a local server in the place of the real ones."""
+"""Stage 01: the demo's texts, own texts, and human genes from a local server in the place of the real ones."""
 import gzip
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 from urllib.parse import parse_qs, urlsplit
 
 import h5py
+import numpy as np
 import pytest
+from conftest import run_script, start_process
 from server import Server
 
 SCRIPT = Path(__file__).parent.parent / "01_fetch_annotations.py"
-sys.path.insert(0, str(SCRIPT.parent))
+shared = importlib.import_module("01_fetch_annotations")
 KEY = "0123secret0123"
 BUCKET = "/czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings/gene_annotations/"
 NCBI = BUCKET + "NCBI_summary_of_genes.json"
@@ -80,18 +84,20 @@ FILES = {**VOCAB, NCBI: json.dumps(NCBI_TEXTS).encode(),
          GAF: gzip.compress(ANNOTATIONS.encode()), OBO: ONTOLOGY.encode()}
 
 
+def mirror(server):
+    return {"SCGENEPT_MIRROR": server.url if server else "http://127.0.0.1:9/"}  # nobody is there
+
+
 def start(root, *options, server=None, dataset="norman", **environment):
-    mirror = server.url if server else "http://127.0.0.1:9/"  # nobody is there
-    environment = {**os.environ, "SCGENEPT_PATIENCE": "0.03", "SCGENEPT_MIRROR": mirror, **environment}
-    return subprocess.Popen([sys.executable, str(SCRIPT), "--root", str(root), "--dataset", dataset, *options],
-                            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """Stage 01 in a process of its own."""
+    return start_process(SCRIPT.name, "--dataset", dataset, *options, root=root, env={**mirror(server), **environment})
 
 
-def run(*arguments, **named):
-    """Exit code, output and error output of stage 01 with --root and further options."""
-    process = start(*arguments, **named)
-    output, errors = process.communicate(timeout=60)
-    return process.returncode, output, errors
+def run(root, *options, server=None, dataset="norman", **environment):
+    """Exit code, output and error output of stage 01, within this process."""
+    with mock.patch.dict(os.environ, {**mirror(server), **environment}):
+        done = run_script(SCRIPT.name, "--dataset", dataset, *options, root=root, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 def made(*arguments, **named):
@@ -102,10 +108,10 @@ def made(*arguments, **named):
 
 
 def fails(result, *words):
+    """Checks that a run ended in one line with these words."""
     code, _, errors = result
-    assert code == 1 and "Traceback" not in errors, errors
-    last = errors.splitlines()[-1]
-    assert last.startswith("error: ") and all(word in last for word in words), last
+    assert code == 1 and errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert all(word in errors for word in words), errors
 
 
 def texts(root, source, space="human"):
@@ -153,7 +159,7 @@ def test_the_same_command_gives_the_same_output_dates_aside(demo):
 def test_help_comes_at_once():
     started = time.time()
     assert subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True).returncode == 0
-    assert time.time() - started < 2  # half a second, on a machine that does nothing else
+    assert time.time() - started < 3  # less than a second, on a machine that does nothing else
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,23 +295,21 @@ def test_terms_that_the_ontology_does_not_know_are_counted(selected):
 
 BROKEN = {  # name: (source, path, body, what the error says)
     "a web page for JSON": ("ncbi", NCBI, b"<html>Sign in</html>", ["web page"]),
-    "half a JSON file": ("ncbi", NCBI, b'{"FOSB": "Gene', ["NCBI_summary", "line 1"]),
-    "a JSON list": ("ncbi", NCBI, b'["FOSB"]', ["not an object"]),
-    "a number for a text": ("ncbi", NCBI, b'{"FOSB": 1}', ["'FOSB'", "no str"]),
-    "JSON in Latin-1": ("ncbi", NCBI, '{"FOSB": "é"}'.encode("latin-1"), ["utf-8"]),
-    "nested without end": ("ncbi", NCBI, b"[" * 100_000, ["recursion"]),
-    "a NUL": ("ncbi", NCBI, b'{"FOSB": "a\\u0000b"}', ["'FOSB'", "NUL"]),
-    "half a surrogate pair": ("ncbi", NCBI, b'{"FOSB": "\\ud800"}', ["'FOSB'", "surrogate"]),
+    "half a JSON file": ("ncbi", NCBI, b'{"FOSB": "Gene', ["NCBI_summary", "not a JSON file", "line 1"]),
+    "a JSON list": ("ncbi", NCBI, b'["FOSB"]', ["expected an object"]),
+    "a number for a text": ("ncbi", NCBI, b'{"FOSB": 1}', ["values of the type str"]),
+    "JSON in Latin-1": ("ncbi", NCBI, '{"FOSB": "é"}'.encode("latin-1"), ["not a JSON file", "utf-8"]),
+    "no text at all": ("ncbi", NCBI, b'{"FOSB": " "}', ["no gene with a text"]),
     "a truncated gzip file": ("go_f", GAF, FILES[GAF][:-20], ["goa_human", "line", "damaged gzip"]),
-    "damage inside a gzip file": ("go_f", GAF, FILES[GAF][:60] + b"\0\0\0" + FILES[GAF][63:], ["goa_human", "damaged gzip"]),
-    "a web page in gzip": ("go_f", GAF, gzip.compress(b"<!DOCTYPE html>"), ["goa_human", "line 1", "web page"]),
-    "too few columns": ("go_f", GAF, gzip.compress(b"!gaf-version: 2.2\nUniProtKB\tP1\tFOSB\n"), ["line 2", "17 columns"]),
-    "a wrong aspect": ("go_f", GAF, gzip.compress(annotation("A", "GO:0003677", "X").encode()), ["line 1", "F, C or P"]),
+    "a gzip file with a wrong checksum": ("go_f", GAF, FILES[GAF][:-8] + bytes(4) + FILES[GAF][-4:], ["damaged gzip"]),
+    "damage inside a gzip file": ("go_f", GAF, FILES[GAF][:60] + bytes(3) + FILES[GAF][63:], ["goa_human", "line 3"]),
+    "a web page in gzip": ("go_f", GAF, gzip.compress(b"<!DOCTYPE html>"), ["goa_human", "web page"]),
+    "too few columns": ("go_f", GAF, gzip.compress(b"!gaf-version: 2.2\nUniProtKB\tP1\tFOSB\n"), ["line 2", "GAF 2"]),
+    "a wrong aspect": ("go_f", GAF, gzip.compress(annotation("A", "GO:0003677", "X").encode()), ["line 1", "GAF 2"]),
     "GAF in Latin-1": ("go_f", GAF, gzip.compress((ANNOTATIONS + "é").encode("latin-1")), ["line 8", "UTF-8"]),
-    "a million characters": ("go_f", GAF, gzip.compress(ANNOTATIONS.encode() + b"x" * 10**6), ["line 8", "500,000 bytes"]),
     "no human gene": ("go_f", GAF, gzip.compress(b"!gaf-version: 2.2\n"), ["no annotation of a human gene"]),
     "no ontology": ("go_f", OBO, b"format-version: 1.2\n", ["not an OBO file"]),
-    "a term without id": ("go_f", OBO, b"[Term]\nname: x\n", ["line 2", "id first"]),
+    "a term without id": ("go_f", OBO, b"[Term]\nname: x\n", ["line 2", "after an id"]),
 }
 
 
@@ -329,7 +333,7 @@ def test_a_damaged_output_is_made_again(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
     path = root / "data/human/annotations.h5"
     path.write_bytes(path.read_bytes()[:5000])
-    assert "not a whole HDF5 file, making it again" in made(root, "--source", "ncbi")
+    made(root, "--source", "ncbi")
     assert texts(root, "ncbi") == NCBI_TEXTS
 
 
@@ -345,7 +349,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_earlier_output(human, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     output, errors = process.communicate()
-    fails((process.returncode, output, errors), "annotations.h5", "too large")
+    fails((process.returncode, output, errors), "annotations.h5: File too large")
     assert (root / "data/human/annotations.h5").read_bytes() == before
     assert not list(root.rglob("*.tmp"))
 
@@ -362,13 +366,13 @@ PROTEINS = ("Gene Names (primary)\tFunction [CC]\n"
 
 def services(method, path, headers, body):
     """E-utilities with N_GENES genes, every tenth without a summary, and UniProt's table."""
-    asked = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
+    asked = {name: values[0] for name, values in parse_qs(body.decode()).items()}
     if path.startswith(UNIPROT):
         return 200, {}, gzip.compress(PROTEINS.encode(), mtime=0)
-    if path.startswith(EUTILS + "esearch.fcgi"):
+    if path == EUTILS + "esearch.fcgi":
         assert asked["usehistory"] == "y" and asked["term"] == "9606[taxid] AND alive[prop]" and asked["db"] == "gene"
         answer = {"esearchresult": {"count": str(N_GENES), "querykey": "1", "webenv": "MCID_1"}}
-    elif path.startswith(EUTILS + "esummary.fcgi"):
+    elif path == EUTILS + "esummary.fcgi":
         assert asked["WebEnv"] == "MCID_1" and asked["query_key"] == "1"
         ids = [str(i) for i in range(N_GENES)][int(asked["retstart"]):][:int(asked["retmax"])]
         answer = {"result": {"uids": ids, **{i: {"uid": i, "name": f"GENE{i}", "description": "",
@@ -378,58 +382,66 @@ def services(method, path, headers, body):
     return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
 
-def fresh(root, server, *options, **environment):
-    return start(root, "--source", "ncbi", "ncbi+uniprot", "--fresh", *options, server=server, **environment)
+FRESH = ["--source", "ncbi", "ncbi+uniprot", "--fresh"]
 
 
 def test_fresh_texts_have_the_released_form(tmp_path):
     with Server(VOCAB, hook=services) as server:
-        output, errors = fresh(tmp_path, server).communicate()
+        made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
     found, both = texts(tmp_path, "ncbi"), texts(tmp_path, "ncbi+uniprot")
     assert found["GENE1"] == "Gene Symbol GENE1 Summary 1." and len(found) == N_GENES * 9 // 10
     assert both["GENE1"] == "Gene Symbol GENE1 Summary 1. Protein summary: Binds zinc (PubMed:1)."
     assert both["ALONE"] == "Gene Symbol ALONE Protein summary: Cuts." and both["GENE3"] == found["GENE3"]
 
 
-def test_fresh_continues_after_sigkill_with_the_page_that_is_missing_and_the_key_is_nowhere(tmp_path):
-    page = EUTILS + "esummary.fcgi"
+def test_the_key_travels_in_the_body_and_is_printed_and_written_nowhere(tmp_path):
     with Server(VOCAB, hook=services) as server:
-        server.misbehave(page, {}, {"status": 503}, {"body": b'{"error": "too many requests"}'}, {"stall": 60})
-        process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
-        while len(server.asked(page)) < 4:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        printed = "".join(process.communicate())
-        assert not (tmp_path / "data/human/annotations.h5").exists()
-        printed += "".join(fresh(tmp_path, server, NCBI_API_KEY=KEY).communicate())
-        starts = [parse_qs(urlsplit(request.path).query)["retstart"][0] for request in server.asked(page)]
-        assert starts == ["0", "500", "500", "500", "500", "1000"]
-        assert all(KEY in request.path for request in server.requests if EUTILS in request.path)
-        server.misbehave(EUTILS + "esearch.fcgi", {"status": 400, "body": b'{"error": "API key invalid"}'})
-        refused = fresh(tmp_path, server, "--force", NCBI_API_KEY=KEY)
-        printed += "".join(refused.communicate())
-        assert refused.returncode == 1 and "400" in printed
-    printed += "".join(fresh(tmp_path, server, "--force", NCBI_API_KEY=KEY).communicate())  # the server is gone
-    assert "refused" in printed
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert len(texts(tmp_path, "ncbi")) == N_GENES * 9 // 10
-    assert KEY not in printed and KEY.encode() not in written
+        printed = made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+    asked = [request for request in server.requests if EUTILS in request.path]
+    assert len(asked) == 4 and all(parse_qs(request.body.decode())["api_key"] == [KEY] for request in asked)
+    assert not any(KEY in request.path + str(request.headers) for request in server.requests)
+    assert KEY not in printed
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("fault", [
-    {"status": 400, "body": f"no such key: {KEY}".encode()},
-    {"body": b'{"error": "%s"}' % KEY.encode()},
-    {"status": 302, "headers": {"Location": f"http://127.0.0.1:9/{KEY}?api_key={KEY}"}},
-    {"status": 302, "headers": {"Location": f"http://{KEY[:10]}.invalid/"}},
-    {"status": 302, "headers": {"Location": f"nothing://{KEY}"}}], ids=["400", "another form", "nobody there", "no such host", "no such protocol"])
-def test_no_part_of_the_key_is_shown_whatever_the_service_answers(tmp_path, fault):
+@pytest.mark.parametrize("fault, cause", [
+    ({"status": 400, "body": f"no such key: {KEY}".encode()}, "400 Bad Request"),
+    ({"body": b'{"error": "%s"}' % KEY.encode()}, "not the answer that was asked for"),
+    ({"drop": 10}, "not the answer that was asked for"),
+    ({"status": 302, "headers": {"Location": f"http://{KEY}.invalid/?api_key={KEY}"}}, "302 Found"),
+    ({"drop": -1}, "closed connection")], ids=["400", "another form", "dropped", "moved", "no answer"])
+def test_the_key_is_not_shown_whatever_the_service_answers(tmp_path, impatient, fault, cause):
     with Server(VOCAB, hook=services) as server:
         server.misbehave(EUTILS + "esummary.fcgi", {}, *[fault] * 6)
-        process = fresh(tmp_path, server, NCBI_API_KEY=KEY)
-        printed = "".join(process.communicate())
-    everything = printed.encode() + b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert process.returncode == 1 and "error: " in printed and "esummary" in printed
-    assert not any(KEY[i:i + 8].encode() in everything for i in range(len(KEY) - 7))
+        code, output, errors = run(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+    fails((code, output, errors), "esummary.fcgi: ", cause)
+    assert KEY not in output + errors
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_an_overloaded_service_is_asked_again(tmp_path, impatient):
+    page = EUTILS + "esummary.fcgi"
+    with Server(VOCAB, hook=services) as server:
+        server.misbehave(page, {"status": 503}, {"body": b'{"error": "too many requests"}'}, {"drop": 20}, {"drop": -1})
+        made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+    starts = [parse_qs(request.body.decode())["retstart"][0] for request in server.asked(page)]
+    assert starts == ["0", "0", "0", "0", "0", "500", "1000"]
+
+
+def test_fresh_goes_on_after_sigkill_with_the_page_that_is_missing(tmp_path):
+    page = EUTILS + "esummary.fcgi"
+    with Server(VOCAB, hook=services) as server:
+        server.misbehave(page, {}, {"stall": 60})
+        process = start(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+        while len(server.asked(page)) < 2:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "data/human/annotations.h5").exists()
+        made(tmp_path, *FRESH, server=server)
+    starts = [parse_qs(request.body.decode())["retstart"][0] for request in server.asked(page)]
+    assert starts == ["0", "500", "500", "1000"]
+    assert len(texts(tmp_path, "ncbi")) == N_GENES * 9 // 10
 
 
 def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
@@ -437,8 +449,19 @@ def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
     raw.mkdir(parents=True)
     (raw / "ncbi_fresh.jsonl.part").write_text(f'{{"n_genes": {N_GENES}}}\n["0", "GENE0", ""]\n["1", "GENE1", "Summ')
     with Server(VOCAB, hook=services) as server:
-        fresh(tmp_path, server).communicate()
+        made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+        assert parse_qs(server.asked(EUTILS + "esummary.fcgi")[0].body.decode())["retstart"] == ["1"]
     assert texts(tmp_path, "ncbi")["GENE1"] == "Gene Symbol GENE1 Summary 1."
+
+
+def test_force_asks_the_services_again(tmp_path):
+    with Server(VOCAB, hook=services) as server:
+        made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+        n_requests = len(server.requests)
+        made(tmp_path, *FRESH, server=server)
+        assert len(server.requests) == n_requests
+        made(tmp_path, *FRESH, "--force", server=server, NCBI_API_KEY=KEY)
+        assert len(server.requests) == 2 * n_requests - 1  # all but the vocabulary
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,21 +470,20 @@ def test_a_page_that_was_cut_off_in_mid_line_is_not_taken_for_whole(tmp_path):
 def test_own_texts_are_a_source_beside_the_others(human, tmp_path):
     root = shutil.copytree(human[0], tmp_path / "copy")
     (tmp_path / "notes.tsv").write_text("gene\ttext\nFOSB\tmine, with \"quotes\" and ünicode\n", encoding="utf-8")
-    assert "next: python 02_embed.py --dataset norman --source notes --embedder lsa" in made(root, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
+    output = made(root, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
+    assert "next: python 02_embed.py --dataset norman --source notes --embedder lsa" in output
     assert texts(root, "notes") == {"FOSB": "mine, with \"quotes\" and ünicode"} and texts(root, "ncbi") == NCBI_TEXTS
 
 
 @pytest.mark.parametrize("content, words", [
     (b"symbol\ttext\nA\tb\n", ["gene<TAB>text"]),
     (b"gene\ttext\nA\tb\nA\tc\n", ["line 3", "'A'", "second time"]),
-    (b"gene\ttext\nA\n", ["line 2", "a tab"]),
-    (b"gene\ttext\nA\t \n", ["line 2", "a text"]),
-    (b"gene\ttext\nA\t\xff\n", ["line 2", "UTF-8"]),
-    (b"gene\ttext\nA\tb\0\n", ["'A'", "NUL"]),
-    pytest.param(b"gene\ttext\nA\t" + b"x" * 10**6, ["line 2", "500,000 bytes"], id="a long line"),
+    (b"gene\ttext\nA\tb\tc\n", ["line 2", "a gene, a tab and a text"]),
+    (b"gene\ttext\n\tb\n", ["line 2", "a gene, a tab and a text"]),
+    (b"gene\ttext\nA\tb\nB\t\xff\n", ["line 3", "UTF-8"]),
     (b"gene\ttext\n", ["no gene"]),
     (b"", ["no gene"]),
-    (None, ["No such file", "notes.tsv"]),
+    (None, ["does not exist", "notes.tsv"]),
 ])
 def test_a_table_that_cannot_be_read_ends_in_one_line(tmp_path, content, words):
     if content is not None:
@@ -473,7 +495,14 @@ def test_a_table_that_is_gone_is_missed_though_its_texts_are_there(tmp_path):
     (tmp_path / "notes.tsv").write_text("gene\ttext\nA\tb\n")
     made(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
     (tmp_path / "notes.tsv").unlink()
-    fails(run(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}"), "No such file")
+    fails(run(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}"), "does not exist")
+
+
+def test_a_gene_without_a_text_is_left_out_with_a_line(tmp_path):
+    (tmp_path / "notes.tsv").write_text("gene\ttext\nA\tb\nB\t \n\nC\n")
+    output = made(tmp_path, "--tsv", f"notes={tmp_path / 'notes.tsv'}")
+    assert f"{tmp_path / 'notes.tsv'}: 2 genes without a text left out: B, C\n" in output
+    assert texts(tmp_path, "notes") == {"A": "b"}
 
 
 @pytest.mark.parametrize("name", ["ncbi", "a/b", "..", "", "a+b"])
@@ -482,8 +511,62 @@ def test_a_name_that_is_taken_or_no_name_is_refused(tmp_path, name):
 
 
 def test_two_runs_at_once_lose_none_of_their_sources(tmp_path):
-    processes = [start(tmp_path, "--source", source, dataset="demo", SCGENEPT_PATIENCE="1")
-                 for source in ("ncbi", "go_f", "go_c")]
+    processes = [start(tmp_path, "--source", source, dataset="demo") for source in ("ncbi", "go_f", "go_c")]
     assert [process.wait() for process in processes] == [0, 0, 0]
     with h5py.File(tmp_path / "data/demo/annotations.h5", "r") as file:
         assert set(file) == {"ncbi", "go_f", "go_c"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all stages share: fingerprints, HDF5 files
+
+def test_a_source_made_again_or_copied_counts_as_the_same_input(tmp_path):
+    made(tmp_path, dataset="demo")
+    path = tmp_path / "data/demo/annotations.h5"
+    before, date = shared.fingerprint(path, "go_all"), path.stat().st_mtime_ns
+    made(tmp_path, "--force", dataset="demo")
+    copy = shutil.copy(path, tmp_path / "copy.h5")
+    assert path.stat().st_mtime_ns != date
+    assert shared.fingerprint(path, "go_all") == shared.fingerprint(copy, "go_all") == before
+
+
+def test_another_file_counts_as_its_bytes_whatever_its_date(tmp_path):
+    path = tmp_path / "screen.h5ad"
+    with h5py.File(path, "w") as file:
+        file["X"] = np.zeros(3)
+    before = shared.fingerprint(path)
+    os.utime(path, (0, 0))
+    assert shared.fingerprint(path) == before == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_error(path, **options):
+    """The line that reading X of an HDF5 file ends the run with."""
+    with pytest.raises(SystemExit) as caught, shared.read_h5(path, **options) as file:
+        file["X"][:]
+    assert caught.value.code.startswith(f"error: {path}") and "\n" not in caught.value.code
+    return caught.value.code
+
+
+def test_an_hdf5_file_that_is_missing_or_damaged_or_lacks_something_ends_in_one_line(tmp_path):
+    path = tmp_path / "file.h5"
+    assert read_error(path, made_by="python 01.py").endswith(" does not exist; run first: python 01.py")
+    with h5py.File(path, "w") as file:
+        file["Y"] = np.zeros(1000)
+    assert "'X'" in read_error(path, made_by="python 01.py")
+    path.write_bytes(path.read_bytes()[:3000])
+    assert read_error(path, made_by="python 01.py").endswith("make it again: python 01.py --force")
+    assert read_error(path).endswith("get it again from its source")
+
+
+def test_an_hdf5_file_that_keeps_data_in_other_files_is_refused(tmp_path):
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["X"] = np.zeros(8)
+    layout = h5py.VirtualLayout(shape=(8,), dtype=float)
+    layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "X", shape=(8,))
+    ways = {"link": lambda file: file.update({"X": h5py.ExternalLink("other.h5", "X")}),
+            "virtual": lambda file: file.create_virtual_dataset("X", layout),
+            "external": lambda file: file.create_dataset("X", (8,), "f8", external=str(tmp_path / "other.h5"))}
+    for name, write in ways.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            write(file)
+        assert "X lies in another file" in read_error(tmp_path / f"{name}.h5")
