@@ -59,8 +59,9 @@ OPENAI_URL = "https://api.openai.com/v1"
 MAX_INPUTS, MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 2048, 300_000, 8_191  # the API's limits
 BYTES_PER_TOKEN = 4  # of English, for estimates
 LEAST_BYTES_PER_TOKEN = 3  # the limits are kept with this, which leaves a margin
-PRICES = {"text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
-PRICES_NOTED = "May 2026"  # in dollars per million tokens
+PRICES = {  # dollars per million tokens
+    "text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
+PRICES_NOTED = "May 2026"
 
 LSA_DIM = 256  # most dimensions of an lsa vector
 MAX_POINTS = 20_000  # of a figure
@@ -238,9 +239,10 @@ def stack_vectors(place, table):
         vector = np.ravel(table.pop(gene))
         if len(vector) != dim or dim == 0:
             sys.exit(f"error: {place}: {gene!r} has {len(vector)} numbers, {genes[0]!r} has {dim}")
-        if vector.dtype.kind not in "fiu" or not np.isfinite(vector).all():
+        with np.errstate(over="ignore"):  # what is too large for float32 is not finite
+            vectors[i] = vector
+        if not np.isfinite(vectors[i]).all():
             sys.exit(f"error: {place}: the vector of {gene!r} holds something other than finite numbers")
-        vectors[i] = vector
     return genes, vectors
 
 
@@ -262,6 +264,7 @@ def fetch_published(source, mode, raw):
 # (n, 32) uint8, the SHA-256 of each text, and `vectors` (n, d) float32. Texts in the cache are not sent.
 
 def key_of(text):
+    """The SHA-256 of a text, by which the cache knows it."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -355,8 +358,13 @@ def why_refused(error, model, api_key):
         return f"refuses the key ({status}); check OPENAI_API_KEY"
     if status == 404:
         return f"knows no model {model!r} (404); check --model, and --base-url, which usually ends in /v1"
-    words = without_key(error.__cause__ or error, api_key)  # the server's, or why there was no answer
-    return f"did not embed the texts ({words}); the same command goes on from what is already on disk"
+
+    body = getattr(error, "body", None)  # of the server's answer, if there was one
+    if isinstance(body, dict):
+        body = body.get("message", body)
+    words = without_key(body or error.__cause__ or error, api_key)
+    cause = f"status {status}: {words}" if status else words
+    return f"did not embed the texts ({cause}); the same command goes on from what is already on disk"
 
 
 def without_key(words, api_key):
@@ -372,7 +380,8 @@ def without_key(words, api_key):
 def read_column(spec):
     """The name of a column and its values {gene: value}, from FILE.tsv:COLUMN with a column `gene`."""
     path, _, column = spec.rpartition(":")
-    rows = csv.DictReader((line for _, line in shared.read_lines(path)), delimiter="\t")
+    lines = (line for _, line in shared.read_lines(path)) if path else ()
+    rows = csv.DictReader(lines, delimiter="\t")
     if not {"gene", column} <= set(rows.fieldnames or ()):
         sys.exit(f"error: --color {spec}: expected FILE.tsv:COLUMN, tab-separated, columns gene and COLUMN")
     return column, {row["gene"]: row[column] or "" for row in rows}
@@ -560,7 +569,7 @@ def main():
     # The vectors of each source, and a figure of them
     wrote_any = False
     for source, path in zip(sources, paths):
-        if embedder == "published":
+        if args.embedder == "published":
             is_new = embed_published(args, source, path)
         else:
             is_new = embed_texts(args, source, embedder, path)
@@ -576,7 +585,7 @@ def main():
             draw(figure_path, title, vectors, labels, column)
 
     # All sources in one figure, where they share a space (with lsa each has its own)
-    if wrote_any and len(sources) > 1 and embedder != "lsa":
+    if wrote_any and len(sources) > 1 and args.embedder != "lsa":
         drawn = [some_vectors(path, MAX_POINTS // len(sources))[1] for path in paths]
         if len({vectors.shape[1] for vectors in drawn}) == 1:
             labels = [source for source, vectors in zip(sources, drawn) for _ in vectors]

@@ -66,7 +66,7 @@ LARGEST_LOG = 50   # and no logarithm of expression exceeds this
 LOOKS_LIKE_CONTROL = re.compile(
     r"(sg|g)?(ctrl|control|ntc?|neg[ ._-]?(ctrl|control)?|negative[ ._-]?(ctrl|control)"
     r"|(non|no)[ ._-]?target(ing)?|safe[ ._-]?(target(ing)?|harbou?r)|intergenic|scrambled?|aavs1|rosa26"
-    r"|e?gfp|lacz|luc(iferase)?|empty[ ._-]?vector|unperturbed|untreated|mock|vehicle|dmso|wt|wild[ ._-]?type)"
+    r"|e?gfp|lacz|luc(iferase)?|empty[ ._-]?vector|unperturbed|untreated|mock|vehicle|dmso|wt|wildtype)"
     r"([ ._-]?(ctrl|control|guide|sgrna|grna|cell)s?)?([ ._-]?[a-z]?\d+)*", re.IGNORECASE)
 MEANS_UNKNOWN = re.compile(
     r"|[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?assigned|unknown|undetermined|unmapped"
@@ -90,11 +90,10 @@ def parse_condition(label, rules):
     regular expression is tried on the whole label, then on its parts; its groups are the targets.
     Raises ValueError, saying what is wrong with the label.
     """
-    label = label.strip()
-    names = [label] if is_named(label, rules.control) else split_label(label, rules)
+    names = split_label(label.strip(), rules)
     if not all(names):
         raise ValueError(f"nothing before or after a {rules.separator!r}")
-    targets = [name for name in names if not is_named(name, rules.control)]
+    targets = [name for name in names if not is_control(name, rules)]
     if rules.upper_case:
         targets = [target.upper() for target in targets]
     if rules.target_regex:  # two guides of one gene are one target
@@ -109,8 +108,18 @@ def is_named(name, patterns):
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def is_control(name, rules):
+    """Whether a name is that of a control. One of several parts has to look like a control, too: the pattern
+    `NT*` is not meant for `NT_KLF1`."""
+    is_one_part = rules.separator not in name and not find_groups(rules.target_regex, name)
+    is_meant = is_one_part or LOOKS_LIKE_CONTROL.fullmatch(name)
+    return name in rules.control or (is_meant and is_named(name, rules.control))
+
+
 def split_label(label, rules):
     """The names in a label: what the regular expression finds in all of it, or its parts."""
+    if is_control(label, rules):
+        return [label]
     names = find_groups(rules.target_regex, label)
     if names and not any(rules.separator in name for name in names):
         return names
@@ -121,7 +130,7 @@ def split_label(label, rules):
             part = rules.separator.join(pieces[:n])
             name = (find_groups(rules.target_regex, part) or [part])[0]
             symbol = name.upper() if rules.upper_case else name
-            if symbol in rules.genes or is_named(name, rules.control):
+            if symbol in rules.genes or is_control(name, rules):
                 break
         names.append(name)
         del pieces[:n]
@@ -162,11 +171,12 @@ def find_condition(label, conditions, rules):
 
 def is_unknown(label, rules):
     """Whether a label says that nobody knows how its cells were perturbed: in a word, or by many guides."""
-    if is_named(label, rules.control) or LOOKS_LIKE_CONTROL.fullmatch(label):
+    if LOOKS_LIKE_CONTROL.fullmatch(label):
         return False
     names = split_label(label, rules)
     words = [label, *filter(None, names)]
-    return len(names) > MOST_TARGETS or any(MEANS_UNKNOWN.fullmatch(word) for word in words)
+    says_so = any(MEANS_UNKNOWN.fullmatch(word) and not is_control(word, rules) for word in words)
+    return says_so or len(names) > MOST_TARGETS
 
 
 def read_labels(n_cells, rules, drop, source):
@@ -175,33 +185,35 @@ def read_labels(n_cells, rules, drop, source):
     n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option. Ends
     the run with all labels that cannot be read.
     """
-    targets_of, left_out, bad, controls = {}, [], [], []
+    targets_of, left_out, bad, controls = {}, [], [], {}
     for label, n in n_cells.items():
-        name = label.strip()
-        if is_named(name, drop or []) or (drop != [] and is_unknown(name, rules)):
-            left_out.append(f"{name[:60] or 'empty label'} ({n:,})")
+        if is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
+            left_out.append(f"{label[:60] or 'empty label'} ({n:,})")
             continue
         try:
             targets = targets_of[label] = parse_condition(label, rules)
         except ValueError as error:
-            bad.append(f"{name[:60]!r} ({error})")
+            bad.append(f"{label[:60]!r} ({error})")
             continue
         if targets:
-            suspects = [name] if LOOKS_LIKE_CONTROL.fullmatch(name) else targets
-            controls += [suspect for suspect in suspects
-                         if LOOKS_LIKE_CONTROL.fullmatch(suspect) and suspect not in rules.genes]
+            suspects = [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
+            controls |= {word: None for word in suspects if LOOKS_LIKE_CONTROL.fullmatch(word)}
 
     if left_out:
         print(f"left out, with numbers of cells: {shown(left_out, 20)} (--drop without a value keeps them)")
+    controls = [word for word in controls if word not in rules.genes]
     problems = []
     if bad:
         problems.append(f"{len(bad):,} of {len(n_cells):,} labels are not conditions: {shown(bad, 10)}; see "
                         "--separator, --target-regex, --drop")
     if controls:
-        controls = list(dict.fromkeys(controls))
-        names = shlex.join([*rules.control[1:], *controls[:8]])
-        problems.append(f"{shown(controls)} look like controls; name all controls (--control {names}; "
-                        "patterns such as 'NT*' work), or leave these out with --drop")
+        names = [name for name in rules.control if name != CONTROL] + controls[:8]
+        problems.append(f"these look like controls: {shown(controls)}; name all (--control "
+                        f"{shlex.join(names)}; patterns such as 'NT*' work), or leave these out with --drop")
+    parts = [part.strip() for label in n_cells for part in (label, *label.split(rules.separator))]
+    if rules.target_regex and not any(find_groups(rules.target_regex, part) for part in parts):
+        examples = shown(list(n_cells), 3)
+        problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as {examples}")
     if problems:
         sys.exit(f"error: {source}: {'; '.join(problems)}")
     return targets_of
@@ -216,10 +228,17 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
     if n_missing:
         print(f"{n_missing:,} of {len(label_of_cell):,} cells have no {args.condition_key}: left out")
     counts = np.bincount(label_of_cell[label_of_cell >= 0], minlength=len(labels))
-    n_cells = {label: n for label, n in zip(labels, counts) if n}  # a category may have no cells
+    labels = [label.strip() for label in labels]
+    n_cells = {}
+    for label, n in zip(labels, counts):
+        if n:  # a category may have no cells
+            n_cells[label] = n_cells.get(label, 0) + n
     rules = make_rules(args, genes)
     targets_of_label = read_labels(n_cells, rules, args.drop, source)
-    check_how_read(targets_of_label, args, source)
+    perturbed = [label for label, targets in targets_of_label.items() if targets]
+    n_with_ctrl = sum(CONTROL in label.split(args.separator) for label in perturbed)
+    if n_with_ctrl and CONTROL not in args.control:
+        print(f"{n_with_ctrl:,} labels have {CONTROL!r} in them: it counts as control, too")
 
     # Labels of the same condition become one
     condition_of, targets_of, labels_of, n_of = {}, {}, {}, {}
@@ -233,7 +252,7 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
         examples = "; ".join(merged[:5]) + ("; ..." if len(merged) > 5 else "")
         print(f"{len(condition_of):,} labels make {len(labels_of):,} conditions: {examples}")
 
-    # Control there has to be, and enough cells of each
+    # Without controls, or with too few cells, there is nothing to compare with
     if CONTROL not in targets_of:
         most = sorted(n_cells, key=n_cells.get, reverse=True)
         sys.exit(f"error: {source}: no control cells ({', '.join(args.control)}); name their label with "
@@ -251,18 +270,6 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
     row_of_label = [row_of.get(condition_of.get(label), -1) for label in labels]
     row_of_label.append(-1)  # for cells without a label
     return np.array(list(targets_of), dtype=object), np.array(row_of_label)[label_of_cell], targets_of
-
-
-def check_how_read(targets_of_label, args, source):
-    """End the run if --target-regex matches nothing; say where `ctrl` was read as a second name of control."""
-    parts_of = {label: label.split(args.separator) for label in targets_of_label}
-    parts = [part for label, parts in parts_of.items() for part in (label, *parts)]
-    if args.target_regex and not any(find_groups(args.target_regex, part.strip()) for part in parts):
-        sys.exit(f"error: --target-regex {args.target_regex!r} matches no label of {source}, such as "
-                 f"{shown(list(targets_of_label), 3)}")
-    n_with_ctrl = sum(CONTROL in parts for parts in parts_of.values())
-    if n_with_ctrl and CONTROL not in args.control:
-        print(f"{n_with_ctrl:,} labels have {CONTROL!r} in them: it counts as control, too")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -326,39 +333,38 @@ def split_from_json(path, targets_of, rules):
     if set(lists) != {"train", "val", "test"}:
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
     split, problems = {}, []
-    for part, labels in lists.items():
-        for label in labels:
-            condition = find_condition(label, targets_of, rules)
-            if condition is None:
-                near = difflib.get_close_matches(str(label), targets_of, 2)
-                advice = f" (did you mean {' or '.join(near)}?)" if near else ""
-                problems.append(f"{label!r} is no perturbed condition of the data{advice}")
-            elif condition in split:
-                problems.append(f"{label!r} stands twice")
-            else:
-                split[condition] = part
-    problems += [f"{condition!r} of the data is missing" for condition in targets_of if condition not in split]
+    for part, label in [(part, label) for part, labels in lists.items() for label in labels]:
+        condition = find_condition(label, targets_of, rules)
+        if condition is None:
+            near = difflib.get_close_matches(str(label), targets_of, 2)
+            advice = f" (did you mean {' or '.join(near)}?)" if near else ""
+            problems.append(f"{label!r} is no perturbed condition of the data{advice}")
+        elif condition in split:
+            problems.append(f"{label!r} stands twice")
+        else:
+            split[condition] = part
+    problems += [f"{condition!r} is missing" for condition in targets_of if condition not in split]
     if problems:
         sys.exit(f"error: {path}: {len(problems):,} problems: {shown(problems, 10)}")
 
     trained = {gene for label, part in split.items() if part == "train" for gene in targets_of[label]}
     subgroup = {}
-    for condition, part in split.items():
+    for condition in [condition for condition, part in split.items() if part != "train"]:
         targets = targets_of[condition]
         n_seen = sum(gene in trained for gene in targets)
-        if part != "train" and len(targets) > 1:
+        if len(targets) > 1:
             subgroup[condition] = f"combo_seen{n_seen}"
-        elif part != "train" and not n_seen:
+        elif not n_seen:
             subgroup[condition] = "unseen_single"
     return split, subgroup
 
 
-def make_split(targets_of, args, rules):
+def make_split(targets_of, args, rules, source):
     """{condition: train | val | test | ctrl} and {condition: subgroup}, as --split says."""
     perturbed = {condition: targets for condition, targets in targets_of.items() if targets}
     if not perturbed:
-        sys.exit("error: control cells only: nothing to train on. To predict from them with a trained model: "
-                 "05_eval.py --predict GENE --controls-from FILE.h5ad")
+        sys.exit(f"error: {source}: control cells only, nothing to train on; 05_eval.py --predict GENE "
+                 "--controls-from FILE.h5ad predicts from them")
     if args.split == "none":
         return dict.fromkeys(perturbed, "train") | {CONTROL: "ctrl"}, {}
     if args.split == "simulation":
@@ -367,8 +373,8 @@ def make_split(targets_of, args, rules):
         split, subgroup = split_from_json(args.split, perturbed, rules)
     empty = [part for part in ("train", "val", "test") if part not in split.values()]
     if empty:
-        sys.exit(f"error: the split of {len(perturbed)} perturbed conditions leaves none for "
-                 f"{' and '.join(empty)}; it takes about a dozen. --split none trains on all of them")
+        sys.exit(f"error: {source}: {len(perturbed)} perturbations are too few for the split (none left for "
+                 f"{' and '.join(empty)}): it takes about a dozen; --split none trains on all")
     return split | {CONTROL: "ctrl"}, subgroup
 
 
@@ -446,6 +452,7 @@ def most_variable(mean, variance, n):
             score[genes] = 1
         elif len(genes) and values.std() > 0:
             score[genes] = (values - values.mean()) / values.std(ddof=1)
+    score = np.round(score, 9)  # ties stay ties in whatever order the cells were summed
     ranked = np.sort(score[np.isfinite(score)])[::-1]
     return score >= ranked[:n][-1] if len(ranked) else np.zeros(len(mean), dtype=bool)
 
@@ -509,12 +516,10 @@ HOW_TO_CONVERT = "not an AnnData file (h5ad); read it with anndata or scanpy and
 
 
 def open_cells(path, folder, sha256=None):
-    """The path of an h5ad file: `path`, or what a .gz or a zip holds, unpacked to `folder` for the time being.
+    """The path of an h5ad file: `path` itself, or what a .gz or a zip holds, unpacked to `folder`.
 
     Ends the run where the unpacked file has another SHA-256 than this, or `path` is a file of another kind.
     """
-    if path.is_dir():
-        sys.exit(f"error: {path}: a folder (zarr?), {HOW_TO_CONVERT}")
     if h5py.is_hdf5(path):
         return path
     unpacked = folder / ".unpacked.h5ad"
@@ -564,7 +569,8 @@ def kind_of(path):
 
 def check_is_anndata(file, path):
     """End the run for an HDF5 file that is not an AnnData file, saying what it is."""
-    if isinstance(file.get("obs"), h5py.Group) and isinstance(file.get("var"), h5py.Group):
+    tables = [file.get("obs"), file.get("var")]
+    if "mod" not in file and all(isinstance(table, h5py.Group) for table in tables):
         return
     kinds = {"mod": "a MuData file (h5mu)", "row_attrs": "a loom file", "matrix": "10x Genomics' h5 format",
              "assays": "an h5Seurat file", "obs": "a file of anndata before 0.7"}
@@ -575,6 +581,8 @@ def check_is_anndata(file, path):
 
 def read_text(item):
     """A dataset of an AnnData table as text (n,); numbers as they print."""
+    if isinstance(item, h5py.Group):  # nullable text
+        item = item["values"]
     if h5py.check_string_dtype(item.dtype):
         return item.asstr()[:]
     distinct, of_value = np.unique(item[:], return_inverse=True)  # few are different
@@ -589,15 +597,14 @@ def read_column(table, name, path):
     categories and codes), and before 2022 (codes, and a reference to the categories).
     """
     if name not in table:
-        columns = shown(sorted(set(table) - {"__categories", "_index"}), 50)
-        sys.exit(f"error: {path}: {table.name.strip('/')} has no column {name!r}; it has {columns or 'none'}")
+        sys.exit(f"error: {path}: {table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
     column = table[name]
     if "categories" in column.attrs:
         return read_text(table.file[column.attrs["categories"]]), column[:].astype(np.int64)
     if isinstance(column, h5py.Group) and "codes" in column:
         return read_text(column["categories"]), column["codes"][:].astype(np.int64)
     if isinstance(column, h5py.Group):
-        values, is_missing = read_text(column["values"]), column["mask"][:]
+        values, is_missing = read_text(column), column["mask"][:]
     else:
         values = read_text(column)
         is_missing = (values == "nan") & (column.dtype.kind == "f")
@@ -606,18 +613,24 @@ def read_column(table, name, path):
     return values, codes
 
 
+def columns_of(table):
+    """The columns of an AnnData table, for a message."""
+    return shown(sorted(column for column in table if not column.startswith("_")), 50) or "none"
+
+
 def find_matrix(file, layer, path):
     """The expression matrix of an AnnData file that --layer names (None: X), and the table of its genes."""
     place = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     var = "raw/var" if layer == "raw" else "var"
-    if place not in file or var not in file:
-        sys.exit(f"error: {path}: no {place} in it{other_layers(file)}")
+    for name in (place, var):
+        if name not in file:
+            sys.exit(f"error: {path}: no {name} in it{other_layers(file)}")
     return file[place], file[var]
 
 
 def other_layers(file):
     """What --layer can choose in an AnnData file, as the end of a message."""
-    layers = list(file.get("layers", ())) + (["raw"] if "raw/X" in file else [])
+    layers = list(file.get("layers", ())) + (["raw"] if "raw/X" in file and "raw/var" in file else [])
     return f"; choose another matrix with --layer ({shown(layers, 20)})" if layers else ""
 
 
@@ -632,19 +645,6 @@ def read_genes(var, gene_key, path):
     if (codes < 0).any():
         sys.exit(f"error: {path}: genes without a name in var/{gene_key}; choose another --gene-key")
     return symbols[codes], ids[id_codes]
-
-
-def refuse_ensembl_ids(genes, var, path, vocab):
-    """End the run if the genes go by Ensembl ids; only warn where the genes are the vocabulary."""
-    n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
-    if n_ids <= len(genes) / 2:
-        return
-    columns = sorted(name for name in var if not name.startswith("_"))
-    message = (f"{path}: the genes are Ensembl ids ({genes[0]}); vocabulary and texts go by symbols: choose "
-               f"their column with --gene-key ({shown(columns, 20)})")
-    if vocab != "none":
-        sys.exit(f"error: {message}")
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def read_blocks(X, path, n_cells, n_genes):
@@ -662,7 +662,7 @@ def read_blocks(X, path, n_cells, n_genes):
     n_rows, n_columns = (n_cells, n_genes) if by_cells else (n_genes, n_cells)
     indptr = X["indptr"][:].astype(np.int64)
     if len(indptr) != n_rows + 1:
-        refuse_shape(X, X.attrs.get("shape", ()), path, n_cells, n_genes)
+        sys.exit(f"error: {path}: {X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
 
     bounds = [0]  # first row of each block
     while bounds[-1] < n_rows:
@@ -687,18 +687,13 @@ def read_blocks(X, path, n_cells, n_genes):
 def read_dense_blocks(X, path, n_cells, n_genes):
     """read_blocks of a dense matrix."""
     if X.shape != (n_cells, n_genes):
-        refuse_shape(X, X.shape, path, n_cells, n_genes)
+        sys.exit(f"error: {path}: {X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
     step = max(1, BLOCK // n_genes)
     if X.chunks:  # whole chunks, or each is unpacked again and again
         step = -(-step // X.chunks[0]) * X.chunks[0]
     for start in tqdm(range(0, n_cells, step), "reading cells", unit=" blocks", leave=False, disable=None):
         cells = slice(start, min(start + step, n_cells))
         yield cells, slice(None), sparse.csr_matrix(X[cells].astype(np.float32, copy=False))
-
-
-def refuse_shape(X, shape, path, n_cells, n_genes):
-    found = " x ".join(f"{n:,}" for n in shape) or "of another shape"
-    sys.exit(f"error: {path}: {X.name} is {found}, but there are {n_cells:,} cells and {n_genes:,} genes")
 
 
 def scan_expression(blocks, n_cells, args, source, layers):
@@ -717,27 +712,20 @@ def scan_expression(blocks, n_cells, args, source, layers):
         totals[cells] += cell_totals(X)
     is_counts = is_counts and largest > 0
 
-    # What the values are
     if smallest < 0:
-        problem = "negative values, as in scaled data; expected log-normalized expression"
-    elif is_counts and not args.normalize:
-        problem = "raw counts; add --normalize to scale and log-transform them"
-    elif not is_counts and largest > LARGEST_LOG:
-        problem = f"values up to {largest:,.0f} are neither logarithms nor counts; log-transform them (log1p)"
-    else:
-        problem = None
-    if problem:
-        sys.exit(f"error: {source}: {problem}{layers}")
+        sys.exit(f"error: {source}: negative values, as in scaled data; expected log-normalized ones{layers}")
+    if is_counts and not args.normalize:
+        sys.exit(f"error: {source}: raw counts; add --normalize to scale and log-transform them{layers}")
+    if not is_counts and largest > LARGEST_LOG:
+        sys.exit(f"error: {source}: values up to {largest:,.0f} are neither logarithms nor counts; "
+                 f"log-transform them (log1p){layers}")
     if args.normalize and not is_counts:
         print("the values are not counts but normalized already: --normalize left them alone")
     filled = totals[totals > 0]
-    same_sum = len(filled) > 1 and np.ptp(filled) < 1e-3 * filled.mean()
-    if not is_counts and largest > USUAL_LOG:
-        print(f"warning: {source}: values up to {largest:.1f}; are these logarithms? Those of expression stay "
-              f"below {USUAL_LOG}", file=sys.stderr)
-    elif not is_counts and same_sum:
-        print(f"warning: {source}: all cells have the same sum ({filled.mean():,.0f}); normalized, but not "
-              "log-transformed?", file=sys.stderr)
+    has_same_sums = len(filled) > 1 and np.ptp(filled) < 1e-3 * filled.mean()
+    if not is_counts and (largest > USUAL_LOG or has_same_sums):
+        sign = "all cells have the same sum" if has_same_sums else f"values up to {largest:.1f}"
+        print(f"warning: {source}: {sign}; normalized, but not log-transformed?", file=sys.stderr)
     return totals, is_counts
 
 
@@ -812,7 +800,10 @@ def read_h5ad(path, args, source, vocab_path=None):
         genes, gene_ids = read_genes(var, args.gene_key, source)
         if args.upper_case:
             genes = np.array([gene.upper() for gene in genes], dtype=object)
-        refuse_ensembl_ids(genes, var, source, args.vocab)
+        n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
+        if n_ids > len(genes) / 2 and vocab_path:
+            sys.exit(f"error: {source}: the genes are Ensembl ids ({genes[0]}), the vocabulary has symbols; "
+                     f"choose their column with --gene-key ({columns_of(var)})")
         labels, label_of_cell = read_column(file["obs"], args.condition_key, source)
         conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
         if vocab_path:  # not before labels and genes have been found to be in order
@@ -934,7 +925,7 @@ def number_genes(cells, vocab, source):
         names[i] = next(name for n in range(1, len(names)) if (name := f"{gene}-{n}") not in position)
         position[names[i]] = i
     if doubles:
-        print(f"symbols of two genes: the second is called {shown(names[doubles])}; perturbations flag the first")
+        print(f"symbols of two genes: the second is {shown(names[doubles])}; perturbations flag the first")
 
     n_targets = max(map(len, cells.targets_of.values()))
     targets = np.full((len(cells.conditions), max(1, n_targets)), -1, dtype=np.int32)
@@ -1014,7 +1005,7 @@ def print_summary(args, cells, genes, split, subgroup, vocab):
             print(f"{len(unknown):,} targets are not; without a text, the model cannot tell them apart: "
                   f"{shown(unknown)}")
     print_text_coverage(args, genes.names, targets)
-    for part in dict.fromkeys(("train", "val", "test")):
+    for part in ("train", "val", "test"):
         groups = [subgroup.get(condition, "") for condition in split if split[condition] == part]
         if groups:
             kinds = [f", {groups.count(group)} {group}" for group in sorted(set(groups)) if group]
@@ -1062,12 +1053,12 @@ def parse_arguments():
         help="labels of control cells, also as patterns such as 'NT-*' (default: ctrl)")
     add("--drop", nargs="*", metavar="LABEL",
         help="labels of cells to leave out, also as patterns, besides those that mean that the perturbation "
-             "is not known (unassigned, doublet, nan, more than ten guides, ...); without a value, keep these")
+             "is not known (unassigned, doublet, nan, over ten guides, ...); without a value, keep these")
     add("--separator", default="+", metavar="TEXT", help="what stands between targets (default: +)")
     add("--target-regex", metavar="REGEX",
         help="finds the targets in a label, or in each of its parts: its groups are the targets, as in "
              "'(.+)_g[0-9]+' for KLF1_g2")
-    add("--min-cells", type=int, default=0, metavar="N", help="leave out conditions of fewer cells (default: 0)")
+    add("--min-cells", type=int, default=0, metavar="N", help="leave out smaller conditions (default: 0)")
     add("--gene-key", metavar="COLUMN",
         help="var column with symbols, or index (default: gene_name, else the index)")
     add("--upper-case", action="store_true", help="write symbols in capitals: mouse genes become human ones")
@@ -1100,26 +1091,17 @@ def check_arguments(args):
     for path in (args.h5ad, args.vocab, args.split):
         if path not in (None, "none", "simulation") and not Path(path).exists():
             sys.exit(f"error: {path} does not exist")
-    if not args.separator or args.separator in args.control:
-        sys.exit(f"error: --separator {args.separator!r}: expected what stands between targets, as + or _")
-    if args.min_cells < 0 or (args.n_genes is not None and args.n_genes < 1):
-        sys.exit("error: --min-cells starts at 0, --n-genes at 1")
+    if args.h5ad and args.h5ad.is_dir():
+        sys.exit(f"error: {args.h5ad}: a folder (zarr?), {HOW_TO_CONVERT}")
+    if not args.separator:
+        sys.exit("error: --separator '': expected what stands between targets, as + or _")
     try:
-        n_groups = re.compile(args.target_regex or "()").groups
-    except re.error as error:
-        sys.exit(f"error: --target-regex {args.target_regex!r}: not a regular expression ({error})")
-    if not n_groups:
-        sys.exit(f"error: --target-regex {args.target_regex!r}: put the target in parentheses, as in "
-                 "'(.+)_g[0-9]+'")
-
-
-def fetch_cells(args, folder):
-    """The file with the cells (None for the demo), downloaded if need be, and the SHA-256 of the h5ad in it
-    if that is known."""
-    if args.h5ad or args.dataset not in DATASETS:
-        return args.h5ad, None
-    url, size, sha256 = DATASETS[args.dataset]
-    return shared.download(url, folder / f"{args.dataset}.zip", size=size), sha256
+        has_group = re.compile(args.target_regex or "()").groups > 0
+    except re.error:
+        has_group = False
+    if not has_group:
+        sys.exit(f"error: --target-regex {args.target_regex!r}: expected a regular expression with the "
+                 "target in parentheses, as '(.+)_g[0-9]+'")
 
 
 def read_vocab(path):
@@ -1157,7 +1139,10 @@ def main():
     folder = args.root / "data" / args.dataset
     path = folder / "dataset.h5"
     folder.mkdir(parents=True, exist_ok=True)
-    source, sha256 = fetch_cells(args, folder)
+    source, sha256 = args.h5ad, None
+    if not source and args.dataset in DATASETS:
+        url, n_bytes, sha256 = DATASETS[args.dataset]
+        source = shared.download(url, folder / f"{args.dataset}.zip", size=n_bytes)
     vocab_path = Path(args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json")
     if args.vocab == "none":
         vocab_path = None
@@ -1168,7 +1153,7 @@ def main():
 
     # Cells
     if source is None:
-        print("SYNTHETIC cells: a simulated screen, to try the kit with; its numbers say nothing about biology")
+        print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
         cells = read_demo(args)
     else:
         try:
@@ -1179,7 +1164,7 @@ def main():
     # Genes, split, means and differential expression
     vocab = read_vocab(vocab_path) if vocab_path else None
     genes = number_genes(cells, vocab, source)
-    split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes))
+    split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes), source)
     ctrl = list(cells.conditions).index(CONTROL)
     n_cells = np.bincount(cells.cell_condition)
     mean, variance = moments(cells.X, cells.cell_condition, len(cells.conditions))
@@ -1188,8 +1173,9 @@ def main():
     else:
         de_idx = top_genes(cells.rankings, ctrl)
 
-    attributes = {"dataset": args.dataset, "synthetic": source is None, "n_tokens": genes.n_tokens,
-                  "pad_id": genes.pad_id, "vocab": shared.fingerprint(vocab_path) if vocab_path else "own genes"}
+    vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
+    attributes = {"dataset": args.dataset, "synthetic": source is None, "vocab": vocab_name,
+                  "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
     made = dataset_made_from(args, source, vocab_path)
     write_dataset(path, made, attributes, cells, genes, split, subgroup, mean, de_idx)
     print_summary(args, cells, genes, split, subgroup, vocab)

@@ -1,22 +1,21 @@
-"""03_prepare_data.py on a lab's own files: every layout of AnnData, counts, guides, separators, variable genes; and on files
-that are broken or made to do harm."""
+"""03_prepare_data.py on a lab's own files: every layout of AnnData, labels as they are in the field, counts, guides, separators,
+variable genes; and on files of other kinds, or broken ones."""
+import gzip
 import json
-import os
+import pickle
 import random
-import re
+import tarfile
 import tracemalloc
 import zipfile
-import zlib
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scipy import sparse
 
 from conftest import GOLDEN, error_of, run_script
+from test_prepare import rules
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +54,12 @@ def write_column(table, name, values, encoding="categories"):
                 strings(group, "categories", categories)
 
 
-def write_x(file, dense, layout="csr", index_dtype=np.int32, **dataset):
+def write_x(file, dense, layout="csr", index_dtype=np.int32, name="X", **dataset):
     if layout == "dense":
-        file.create_dataset("X", data=dense, **dataset)
+        file.create_dataset(name, data=dense, **dataset)
         return
     matrix = (sparse.csr_matrix if layout == "csr" else sparse.csc_matrix)(dense)
-    group = file.create_group("X")
+    group = file.create_group(name)
     group.attrs.update({"encoding-type": f"{layout}_matrix", "shape": dense.shape})
     group.create_dataset("data", data=matrix.data, **dataset)
     group.create_dataset("indices", data=matrix.indices.astype(index_dtype), **dataset)
@@ -128,12 +127,12 @@ def test_a_file_unlike_gears_gives_the_numbers_worked_out_by_hand(tmp_path):
     assert data.genes.tolist() == [genes[i] for i in sorted(chosen)] + ["LOST"]
     assert data.measured.sum() == len(chosen) and not data.X[:, -1].any()
     np.testing.assert_allclose(data.X[:, :-1], expected[:, sorted(chosen)], rtol=1e-6)
-    assert data.targets_of == {"NT": [], "HGNC0+HGNC1": ["HGNC0", "HGNC1"], "LOST+ctrl": ["LOST"],
+    assert data.targets_of == {"ctrl": [], "HGNC0+HGNC1": ["HGNC1", "HGNC0"], "LOST+ctrl": ["LOST"],
                                **{f"HGNC{i}+ctrl": [f"HGNC{i}"] for i in range(20)}}
     names = [label.replace("_g1", "").replace("_g2", "") for label in np.array(labels)[kept]]
-    names = ["NT" if name == "NT" else "HGNC0+HGNC1" if "|" in name else f"{name}+ctrl" for name in names]
+    names = ["ctrl" if name == "NT" else "HGNC0+HGNC1" if "|" in name else f"{name}+ctrl" for name in names]
     assert data.conditions[data.cell_condition].tolist() == names
-    assert "HGNC30+ctrl (2)" in done.stdout and "LOST" in done.stdout and "HGNC0_g1 and HGNC0_g2 to HGNC0+ctrl" in done.stdout
+    assert "HGNC30+ctrl (2)" in done.stdout and "LOST" in done.stdout and "HGNC0_g1, HGNC0_g2 to HGNC0+ctrl" in done.stdout
     assert f"{kept.sum()} cells (60 control), {len(chosen)} genes, 22 perturbations of 21 targets" in done.stdout
     assert "20 of 21 targets are measured" in done.stdout and "test: " in done.stdout
 
@@ -166,11 +165,14 @@ def test_memory_holds_what_is_kept_not_the_file(prepare, tmp_path, monkeypatch, 
     dense = np.random.RandomState(0).poisson(0.3, (len(labels), 1500)).astype(np.float32)  # 1.2 million values, 9 MB as CSR
     path = write_cells(tmp_path / "cells.h5ad", dense, labels, [f"GENE{i}" for i in range(1500)], layout, "plain")
     monkeypatch.setattr(prepare, "BLOCK", 2**15)
-    args = SimpleNamespace(normalize=True, n_genes=30)
+    kept, is_target = np.ones(len(labels), dtype=bool), np.zeros(1500, dtype=bool)
     with h5py.File(path) as file:
+        def blocks():
+            return prepare.read_blocks(file["X"], path, *dense.shape)
+
         tracemalloc.start()
-        X, chosen = prepare.read_cells(lambda: prepare.read_blocks(file, path, dense.shape), np.ones(len(labels), dtype=bool),
-                                       np.zeros(1500, dtype=bool), args, path)
+        totals, _ = prepare.scan_expression(blocks, len(labels), SimpleNamespace(normalize=True), path, "")
+        X, chosen = prepare.read_expression(blocks, kept, np.median(totals) / totals, is_target, 30)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert chosen.sum() == 30 and peak < 4e6
@@ -193,14 +195,14 @@ def test_cells_without_a_label_are_left_out_and_counted(tmp_path, encoding):
     np.testing.assert_allclose(data.X, logged(counts())[4:], rtol=1e-6)
 
 
-def test_a_column_of_floats_has_missing_labels_too_and_a_text_nan_is_warned_of(tmp_path):
+def test_a_column_of_floats_has_missing_labels_too_and_a_text_nan_means_unknown(tmp_path):
     labels = np.repeat(np.arange(15.0), 5)
     labels[-3:] = np.nan
     genes = [f"{i}.0" for i in range(30)]
     done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes, encoding="numbers"), "--control", "0.0")
     assert "3 of 75 cells have no condition: left out" in done.stdout and "nan" not in data.conditions
     done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels.astype(str), genes, "csr", "plain"), "--control", "0.0", "--force")
-    assert "warning: nan counts as a target" in done.stderr and "nan" in data.conditions
+    assert "left out, with numbers of cells: nan (3)" in done.stdout and len(data.conditions) == 15
 
 
 @pytest.mark.parametrize("layout", ["csr", "csc"])
@@ -222,7 +224,7 @@ def test_a_column_of_numbers_gives_labels_as_they_print(tmp_path):
     labels = np.repeat(np.arange(15), 5)
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, [str(i) for i in range(30)], encoding="numbers")
     _, data = run(tmp_path, path, "--control", "0")
-    assert set(data.conditions) == {str(i) for i in range(15)} and data.targets_of["7"] == ["7"]
+    assert set(data.conditions) == {"ctrl", *(f"{i}+ctrl" for i in range(1, 15))} and data.targets_of["7+ctrl"] == ["7"]
 
 
 # --- genes
@@ -241,42 +243,142 @@ def test_ensembl_ids_as_symbols_are_reported_with_the_columns_to_choose_from(tmp
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, ids, var_columns={"feature_name": GENES})
     (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "GENE1": 1}))
     message = error(tmp_path, path, "--vocab", tmp_path / "vocab.json")
-    assert "Ensembl ids (ENSG00000000000.2" in message and "--gene-key" in message and "feature_name" in message
-    assert "Ensembl ids" in run(tmp_path, path)[0].stdout
+    assert "Ensembl ids (ENSG00000000000.2" in message and "--gene-key (feature_name)" in message
+    assert "no target (GENE0, GENE1, GENE2, ...) is a measured gene (ENSG" in run(tmp_path, path)[0].stderr
 
 
 # --- labels
 
 @pytest.mark.parametrize("separator, label, targets", [
     ("+", "A+B", ["A", "B"]), ("_", "A_B", ["A", "B"]), ("|", "A|B", ["A", "B"]), (",", "A,B", ["A", "B"]), (", ", "A, B", ["A", "B"]),
-    ("+", "A+B+C+D", ["A", "B", "C", "D"]), ("_", "A_B_C", ["A", "B", "C"]),
-    ("_", "A_NT", ["A"]), ("_", "NT_A", ["A"]), ("_", "NT", []), ("+", "A", ["A"]),
+    ("+", "A+B+C+D", ["A", "B", "C", "D"]), ("_", "A_B_C", ["A", "B", "C"]), ("+", " A + B ", ["A", "B"]),
+    ("_", "A_NT", ["A"]), ("_", "NT_A", ["A"]), ("_", "NT", []), ("_", "A_ctrl", ["A"]), ("+", "A", ["A"]),
     ("+", "HLA-A+MT_CO1", ["HLA-A", "MT_CO1"]),
     ("-", "HLA-A-B", ["HLA-A", "B"]), ("-", "B-HLA-A", ["B", "HLA-A"]), ("_", "MT_CO1_A", ["MT_CO1", "A"])])
 def test_every_separator_gives_the_targets(prepare, separator, label, targets):
-    assert prepare.parse_condition(label, "NT", separator, {"A", "B", "C", "HLA-A", "MT_CO1"}) == targets
+    genes = "A", "B", "C", "HLA-A", "MT_CO1"
+    assert prepare.parse_condition(label, rules(*genes, control=["ctrl", "NT"], separator=separator)) == targets
 
 
-def test_a_control_label_with_the_separator_in_it_is_the_control(prepare):
-    assert prepare.parse_condition("non-targeting", "non-targeting", "-") == []
-    assert prepare.parse_condition("KLF1-non-targeting", "non-targeting", "-") == ["KLF1"]
-    assert prepare.parse_condition("non-targeting-KLF1", "non-targeting", "-") == ["KLF1"]
+@pytest.mark.parametrize("control", ["non-targeting", "non-*"])
+@pytest.mark.parametrize("label, targets", [("non-targeting", []), ("KLF1-non-targeting", ["KLF1"]), ("non-targeting-KLF1", ["KLF1"])])
+def test_a_control_label_with_the_separator_in_it_is_the_control(prepare, label, targets, control):
+    assert prepare.parse_condition(label, rules(control=["ctrl", control], separator="-")) == targets
+
+
+@pytest.mark.parametrize("label, control, targets", [
+    ("NT_KLF1", "NT*", ["KLF1"]), ("KLF1_NT", "*NT*", ["KLF1"]), ("NegCtrl0_KLF1", "NegCtrl*", ["KLF1"]), ("NegCtrl0_NegCtrl1", "NegCtrl*", []),
+    ("ctrl_1", "ctrl_*", []), ("KLF1_ctrl_1", "ctrl_*", ["KLF1"]), ("Non-Targeting_00012", "Non-Targeting_*", [])])
+def test_a_pattern_of_controls_leaves_the_other_target_of_a_label_alone(prepare, label, control, targets):
+    assert prepare.parse_condition(label, rules(control=["ctrl", control], separator="_")) == targets
 
 
 @pytest.mark.parametrize("label, targets", [
-    ("KLF1_g2", ["KLF1"]), ("KLF1_g2+MAP2K6_g1", ["KLF1", "MAP2K6"]), ("MAP2K6_g1+KLF1_g2", ["KLF1", "MAP2K6"]), ("KLF1_g1+KLF1_g2", ["KLF1"]),
+    ("KLF1_g2", ["KLF1"]), ("KLF1_g2+MAP2K6_g1", ["KLF1", "MAP2K6"]), ("MAP2K6_g1+KLF1_g2", ["MAP2K6", "KLF1"]), ("KLF1_g1+KLF1_g2", ["KLF1"]),
     ("KLF1_g1+ctrl_g7", ["KLF1"]), ("ctrl_g1+ctrl_g2", []), ("ctrl", []), ("KLF1", ["KLF1"]), ("KLF1_guide", ["KLF1_guide"])])
 def test_guides_are_collapsed_where_the_regex_matches_the_whole_name(prepare, label, targets):
-    assert prepare.parse_condition(label, target_regex="(.+)_g[0-9]+") == targets
+    assert prepare.parse_condition(label, rules(target_regex="(.+)_g[0-9]+")) == targets
 
 
-def test_labels_stay_as_in_the_source_unless_guides_are_collapsed(tmp_path):
-    labels = [label.replace("ctrl+", "").replace("+ctrl", "_g1") if i % 2 else label for i, label in enumerate(LABELS)]
+NORMAN, REPLOGLE = "(.+)_(.+)__.+", "[0-9]+_(.+?)_.+"
+
+
+@pytest.mark.parametrize("regex, label, targets", [
+    (NORMAN, "KLF1_NegCtrl0__KLF1_NegCtrl0", ["KLF1"]), (NORMAN, "NegCtrl10_KLF1__NegCtrl10_KLF1", ["KLF1"]),
+    (NORMAN, "KLF1_MAP2K6__KLF1_MAP2K6", ["KLF1", "MAP2K6"]), (NORMAN, "NegCtrl0_NegCtrl0__NegCtrl0_NegCtrl0", []),
+    ("(?P<first>[^_]+)_(?P<second>[^_]+)__.+", "KLF1_MAP2K6__KLF1_MAP2K6", ["KLF1", "MAP2K6"]),
+    (REPLOGLE, "10005_ZBTB4_P1_ENSG00000174282", ["ZBTB4"]), (REPLOGLE, "2_HLA-A_P1P2_ENSG00000206503", ["HLA-A"]),
+    (REPLOGLE, "10752_non-targeting_non-targeting_non-targeting", [])])
+@pytest.mark.parametrize("separator", "+_")
+def test_the_regex_sees_the_whole_label_first_and_each_group_is_a_target(prepare, regex, label, targets, separator):
+    control = ["ctrl", "NegCtrl*", "non-targeting"]
+    assert prepare.parse_condition(label, rules(control=control, target_regex=regex, separator=separator)) == targets
+
+
+def test_labels_of_one_condition_are_merged_under_its_name(tmp_path):
+    labels = [label.replace("+ctrl", "_g1") if i % 2 else f"{label} " for i, label in enumerate(LABELS)]
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
-    assert set(run(tmp_path, path)[1].conditions) == set(labels)
     done, data = run(tmp_path, path, "--target-regex", "(.+)_g[0-9]+")
     assert set(data.conditions) == set(LABELS) and data.conditions[data.cell_condition].tolist() == LABELS
-    assert "22 labels collapsed to 12: GENE0+ctrl and GENE0_g1 to GENE0+ctrl" in done.stdout
+    assert "22 labels make 12 conditions: GENE0+ctrl, GENE0_g1 to GENE0+ctrl" in done.stdout
+
+
+def singles(control, pair="{}_{}"):
+    """Labels of a lab: targets by their names, pairs with a separator of their own, the control as given for cell i."""
+    parts = [label.removesuffix("+ctrl").split("+") for label in LABELS]
+    return [control(i) if part == ["ctrl"] else pair.format(*part) if len(part) == 2 else part[0] for i, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize("names, patterns", [
+    (["NT-1", "NT-2", "NT-3", "NT-4"], ["NT-*"]), (["non-targeting", "safe-targeting", "intergenic"], ["*-targeting", "intergenic"]),
+    (["NegCtrl0", "NegCtrl10"], ["NegCtrl[0-9]*"]), (["Non-Targeting_00012", "Non-Targeting_00013"], ["Non-Targeting_*"]),
+    (["sgNT1", "negative control"], ["sgNT1", "negative control"]), (["ctrl_1", "ctrl_2"], ["ctrl_1", "ctrl_2"]),
+    (["safe_harbor", "AAVS1", "scramble"], ["safe_harbor", "AAVS1", "scramble"])])
+def test_control_labels_are_named_all_and_those_that_are_not_end_the_run(tmp_path, names, patterns):
+    labels = singles(lambda i: names[i % len(names)])
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
+    line = error(tmp_path, path, "--separator", "_", "--control", names[0])
+    assert all(name in line for name in names[1:]) and "look like controls" in line and "--control" in line
+    _, data = run(tmp_path, path, "--separator", "_", "--control", *patterns)
+    assert data.conditions[data.cell_condition].tolist() == LABELS
+
+
+def test_ctrl_within_a_label_counts_as_control_whatever_control_cells_are_called(tmp_path):
+    labels = ["control" if label == "ctrl" else label for label in LABELS]
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
+    done, data = run(tmp_path, path, "--control", "control")
+    assert data.conditions[data.cell_condition].tolist() == LABELS
+    assert "10 labels have 'ctrl' in them: it counts as control, too" in done.stdout
+
+
+MANY_GUIDES = "_".join(f"chr1.{i}_x" for i in range(60))
+ODD = {50: "unassigned", 51: "unassigned", 52: "multiplet", 53: "*", 54: "nan", 55: "negative", 56: MANY_GUIDES, 57: "GENE1_unknown", 58: ""}
+
+
+def test_labels_of_no_known_perturbation_are_left_out_and_counted(tmp_path):
+    labels = [ODD.get(i, label) for i, label in enumerate(singles(lambda i: "NT"))]
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
+    done, data = run(tmp_path, path, "--control", "NT", "--separator", "_")
+    kept = [i for i in range(len(labels)) if i not in ODD]
+    assert data.conditions[data.cell_condition].tolist() == [LABELS[i] for i in kept]
+    np.testing.assert_array_equal(data.X, logged(counts())[kept])
+    line = next(line for line in done.stdout.splitlines() if line.startswith("left out"))
+    assert all(word in line for word in ("unassigned (2)", "multiplet (1)", "* (1)", "nan (1)", "negative (1)", "chr1.0_x", "GENE1_unknown (1)",
+                                         "empty label (1)"))
+
+
+def test_drop_leaves_out_more_labels_and_without_a_value_none(tmp_path):
+    labels = ["unassigned" if i == 50 else label for i, label in enumerate(LABELS)]
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
+    done, data = run(tmp_path, path, "--drop", "GENE[12]+ctrl", "GENE0+GENE1")
+    assert set(data.conditions) == set(LABELS) - {"GENE1+ctrl", "GENE2+ctrl", "GENE0+GENE1"} and "GENE1+ctrl (5)" in done.stdout
+    done, data = run(tmp_path, path, "--drop", "--force")
+    assert set(data.conditions) == set(LABELS) | {"unassigned+ctrl"} and "left out" not in done.stdout
+
+
+def test_all_labels_that_are_no_condition_are_named_at_once(tmp_path):
+    labels = [{30: "A++B", 40: "GENE1+GENE1", 50: "NT", 60: "GENE5 + ctrl"}.get(i, label) for i, label in enumerate(LABELS)]
+    line = error(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES))
+    assert "2 of 16 labels are not conditions: 'A++B' (nothing before or after a '+'), 'GENE1+GENE1' (the same target twice)" in line
+    assert "these look like controls: NT" in line and "GENE5 + ctrl" not in line
+
+
+def test_mouse_symbols_are_warned_of_and_upper_case_maps_them(tmp_path):
+    genes, labels = [gene.title() for gene in GENES], ["ctrl" if label == "ctrl" else label.replace("GENE", "Gene") for label in LABELS]
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes)
+    vocab = tmp_path / "vocab.json"
+    vocab.write_text(json.dumps({gene: i for i, gene in enumerate([*GENES, "Gene0", "<pad>"])}))
+    done, _ = run(tmp_path, path, "--vocab", vocab)
+    assert "warning: only 1 of 30 genes (Gene0, Gene1, ...) are in the vocabulary: mouse symbols? --upper-case" in done.stderr
+    done, data = run(tmp_path, path, "--vocab", vocab, "--upper-case")
+    assert done.stderr == "" and data.genes.tolist() == GENES and data.conditions[data.cell_condition].tolist() == LABELS
+
+
+def test_of_two_genes_of_one_symbol_the_first_keeps_it_and_is_flagged(tmp_path):
+    genes = [*GENES[:28], "GENE1", "GENE2"]
+    done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, genes))
+    assert data.genes.tolist() == [*GENES[:28], "GENE1-1", "GENE2-1"] and data.targets[data.conditions == "GENE1+ctrl", 0] == [1]
+    assert done.stdout.count("symbols of two genes: the second is GENE1-1, GENE2-1; perturbations flag the first") == 1
 
 
 @pytest.mark.parametrize("label, options, advice", [("GENE0_GENE1", [], "--separator"),
@@ -287,9 +389,9 @@ def test_targets_that_look_like_pairs_or_guides_are_pointed_out(tmp_path, label,
     assert "warning" in done.stderr and label in done.stderr and advice in done.stderr
 
 
-def test_a_target_regex_that_matches_no_guide_is_an_error(tmp_path):
+def test_a_target_regex_that_matches_no_label_is_an_error(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + ["GENE1-sg2"] * 5, GENES)
-    assert "'(.+)_g[0-9]+' matches no guide of" in error(tmp_path, path, "--target-regex", "(.+)_g[0-9]+")
+    assert "'(.+)_g[0-9]+' matches no label, such as" in error(tmp_path, path, "--target-regex", "(.+)_g[0-9]+")
 
 
 def test_conditions_of_few_cells_are_left_out_and_listed(tmp_path):
@@ -298,7 +400,7 @@ def test_conditions_of_few_cells_are_left_out_and_listed(tmp_path):
     done, data = run(tmp_path, path, "--min-cells", 3)
     assert set(labels) - set(data.conditions) == {"GENE0+GENE1", "GENE7+GENE9"} and len(data.X) == 73
     assert "2 conditions left out (their cells): GENE0+GENE1 (1), GENE7+GENE9 (1)" in done.stdout
-    assert "the control 'ctrl' has 20 cells" in error(tmp_path, path, "--min-cells", 21)
+    assert "20 control cells, fewer than --min-cells 21" in error(tmp_path, path, "--min-cells", 21)
 
 
 def test_odd_characters_in_genes_and_labels_change_nothing(tmp_path):
@@ -306,9 +408,15 @@ def test_odd_characters_in_genes_and_labels_change_nothing(tmp_path):
     labels = [odd[GENES.index(label.split("+")[0])] if label.endswith("+ctrl") else label for label in LABELS]
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, odd + GENES[len(odd):])
     done, data = run(tmp_path, path, "--min-cells", 2)
-    assert data.conditions[data.cell_condition].tolist() == labels and data.genes[:len(odd)].tolist() == odd
+    names = [f"{label}+ctrl" if label in odd else label for label in labels]
+    assert data.conditions[data.cell_condition].tolist() == names and data.genes[:len(odd)].tolist() == odd
     assert [p.name for p in (tmp_path / "data").rglob("*")] == ["mine", "dataset.h5"]
-    assert "most cells are ctrl, " in error(tmp_path, path, "--control", "none such")
+
+
+def test_without_control_cells_the_largest_labels_are_named(tmp_path):
+    labels = ["K562" if label == "ctrl" else label for label in LABELS]
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
+    assert "no control cells (ctrl); name their label with --control (most cells are K562, " in error(tmp_path, path)
 
 
 # --- expression
@@ -317,17 +425,51 @@ def test_logged_data_is_left_alone_and_normalize_says_so(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
     done, data = run(tmp_path, path, "--normalize")
     np.testing.assert_array_equal(data.X, logged(counts()))
-    assert "left it alone" in done.stdout
+    assert "--normalize left them alone" in done.stdout
 
 
 @pytest.mark.parametrize("change, options, message", [
-    (lambda X: X - X.mean(0), [], "negative values: scaled data?"), (lambda X: X, [], "raw counts; add --normalize"),
-    (lambda X: X * 100.5, [], "log-transform it"), (lambda X: X.astype(np.float64) * 1e300, [], "infinite"),
-    (lambda X: X * (np.arange(len(X)) > 0)[:, None], ["--normalize"], "1 cells have no counts at all")])
+    (lambda X: X - X.mean(0), [], "negative values, as in scaled data"), (lambda X: X, [], "raw counts; add --normalize"),
+    (lambda X: X * 100.5, [], "log-transform them"), (lambda X: X.astype(np.float64) * 1e300, [], "infinite"),
+    (lambda X: X * (np.arange(len(X)) >= 20)[:, None], ["--normalize"], "no cell with any expression in ctrl; leave those out with --drop")])
 def test_values_that_are_neither_counts_nor_logarithms_are_refused_with_advice(tmp_path, change, options, message):
     path = write_cells(tmp_path / "cells.h5ad", change(counts()), LABELS, GENES)
     line = error(tmp_path, path, *options)
     assert message in line and "cells.h5ad" in line
+
+
+@pytest.mark.parametrize("change, sign", [(lambda X: logged(X) * 10, "values up to "), (lambda X: X / X.sum(1, keepdims=True) * 30, "all cells have the same sum")])
+def test_values_that_are_normalized_but_perhaps_no_logarithms_are_warned_of(tmp_path, change, sign):
+    done, _ = run(tmp_path, write_cells(tmp_path / "cells.h5ad", change(counts()), LABELS, GENES))
+    assert f"cells.h5ad: {sign}" in done.stderr and "not log-transformed?" in done.stderr
+
+
+def test_cells_without_counts_are_left_out_with_a_line(tmp_path):
+    dense = counts()
+    dense[[7, 60]] = 0
+    done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", dense, LABELS, GENES), "--normalize")
+    kept = [i for i in range(len(dense)) if i not in (7, 60)]
+    assert data.conditions[data.cell_condition].tolist() == [LABELS[i] for i in kept] and "2 cells without any expression: left out" in done.stdout
+    np.testing.assert_allclose(data.X, logged(dense[kept]), rtol=1e-6)
+
+
+def test_a_layer_or_raw_is_read_instead_of_x_and_messages_list_them(tmp_path):
+    path = write_cells(tmp_path / "cells.h5ad", counts() - counts().mean(0), LABELS, GENES, "dense")
+    with h5py.File(path, "a") as file:
+        write_x(file, counts(), name="layers/counts")
+        write_x(file, logged(counts())[:, ::-1], "csc", name="raw/X")
+        write_column(file.create_group("raw/var"), "_index", GENES[::-1], "plain")
+        file["raw/var"].attrs["_index"] = "_index"
+    assert "negative values" in error(tmp_path, path) and "--layer (counts, raw)" in error(tmp_path, path)
+    assert "raw counts; add --normalize" in error(tmp_path, path, "--layer", "counts")
+    np.testing.assert_allclose(run(tmp_path, path, "--layer", "counts", "--normalize")[1].X, logged(counts()), rtol=1e-6)
+    _, data = run(tmp_path, path, "--layer", "raw")
+    assert data.genes.tolist() == GENES[::-1]
+    np.testing.assert_array_equal(data.X, logged(counts())[:, ::-1])
+    with h5py.File(path, "a") as file:
+        del file["X"]
+    assert "no X in it; choose another matrix with --layer (counts, raw)" in error(tmp_path, path)
+    assert "no layers/lognorm in it; choose another" in error(tmp_path, path, "--layer", "lognorm")
 
 
 def variable_genes(X, n):
@@ -385,7 +527,8 @@ def test_genes_that_never_vary_leave_no_most_variable_ones(prepare):
 
 # --- options, summary
 
-@pytest.mark.parametrize("option", [["--n-genes", 12], ["--min-cells", 6], ["--separator", "|"], ["--target-regex", "(GENE0)"]])
+@pytest.mark.parametrize("option", [["--n-genes", 12], ["--min-cells", 6], ["--separator", "|"], ["--target-regex", "(GENE0)"], ["--drop", "GENE3*"], ["--upper-case"],
+                                    ["--split", "none"]])
 def test_an_option_that_changes_makes_the_output_stale(tmp_path, option):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + ["GENE5+ctrl"] * 5, GENES)
     run(tmp_path, path)
@@ -393,9 +536,8 @@ def test_an_option_that_changes_makes_the_output_stale(tmp_path, option):
     assert "stale, making it again" in done.stdout and option[0][2:].replace("-", "_") in done.stdout
 
 
-@pytest.mark.parametrize("option, message", [(["--separator", ""], "--separator"), (["--target-regex", "(("], "not a regular expression"),
-                                             (["--target-regex", "x_g1"], "in parentheses"), (["--n-genes", 0], "--n-genes"),
-                                             (["--min-cells", -1], "--min-cells")])
+@pytest.mark.parametrize("option, message", [(["--separator", ""], "--separator"), (["--target-regex", "(("], "in parentheses"),
+                                             (["--target-regex", "x_g1"], "in parentheses"), (["--split", "no.json"], "no.json does not exist")])
 def test_an_impossible_option_is_an_error_that_names_it(tmp_path, option, message):
     assert message in error(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES), *option)
 
@@ -408,167 +550,68 @@ def test_the_summary_counts_genes_with_text_of_each_source(tmp_path):
     assert "genes with text, of 30: notes 2" in run(tmp_path, path, "--force")[0].stdout
 
 
-# --- files that are broken or made to do harm
+# --- files of other kinds, and broken ones
 
-def replace(file, name, **dataset):
-    del file[name]
-    file.create_dataset(name, **dataset)
-
-
-def virtual(file, name, source):
-    del file[name]
-    layout = h5py.VirtualLayout((5,), "i4")
-    layout[:] = h5py.VirtualSource(source, "X/indptr", (5,))
-    file.create_virtual_dataset(name, layout)
-
-
-def link(file, name, target):
-    del file[name]
-    file[name] = target
+def packed(folder, kind, content):
+    """An h5ad's content in an archive."""
+    path = folder / {"gz": "cells.h5ad.gz", "zip": "cells.zip", "tar": "cells.tar", "tar.gz": "cells.tar.gz"}[kind]
+    if kind == "gz":
+        path.write_bytes(gzip.compress(content))
+    elif kind == "zip":
+        zipped(path, "a/cells.h5ad", "__MACOSX/a/._cells.h5ad", content=content)
+    else:
+        (folder / "packed").write_bytes(content)
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as archive:
+            archive.add(folder / "packed", "cells.h5ad")
+    return path
 
 
-OTHER = "other.h5ad"  # a whole file beside it: who follows the link ends well
-HARM = {
-    "external link": (lambda f: link(f, "X", h5py.ExternalLink(OTHER, "/X")), "is a link"),
-    "external link to a column": (lambda f: link(f, "obs/condition", h5py.ExternalLink(OTHER, "/obs/condition")), "is a link"),
-    "external link within X": (lambda f: link(f, "X/data", h5py.ExternalLink(OTHER, "/X/data")), "is a link"),
-    "soft link": (lambda f: link(f, "var", h5py.SoftLink("/obs")), "is a link"),
-    "soft link in a circle": (lambda f: link(f, "X/indices", h5py.SoftLink("/X/indices")), "is a link"),
-    "data in another file": (lambda f: replace(f, "X/data", shape=(100,), dtype="f4", external=[(OTHER, 0, 400)]), "in other files"),
-    "virtual data": (lambda f: virtual(f, "X/indptr", OTHER), "in other files"),
-    "terabytes of values": (lambda f: replace(f, "X/data", shape=(10**13,), dtype="f4", chunks=(10**6,)), "declares"),
-    "terabytes of rows": (lambda f: replace(f, "X/indptr", shape=(10**13,), dtype="i8", chunks=(10**6,)), "declares"),
-    "terabytes of labels": (lambda f: replace(f, "obs/condition/codes", shape=(10**12,), dtype="i1", chunks=(10**6,)), "declares"),
-    "terabytes of names": (lambda f: replace(f, "var/_index", shape=(10**12,), dtype=h5py.string_dtype(), chunks=(10**6,)), "declares"),
-    "a dense X of terabytes": (lambda f: replace(f, "X", shape=(10**7, 10**6), dtype="f4", chunks=(1, 10**6)), "declares"),
-    "a chunk of gigabytes": (lambda f: replace(f, "X/data", shape=(100,), maxshape=(None,), dtype="f4", chunks=(10**9,)), "declares"),
-    "a wide type": (lambda f: replace(f, "obs/condition/categories", data=np.array([b"x" * 10**6] * 3)), "characters in it"),
-    "values of text": (lambda f: replace(f, "X/data", data=[b"1"] * 10), "non-numeric"),
-    "values of pairs": (lambda f: replace(f, "X/data", data=np.zeros(10, dtype="c8")), "non-numeric"),
-    "indices of fractions": (lambda f: replace(f, "X/indices", data=np.zeros(f["X/indices"].shape)), "damaged sparse matrix"),
-    "indptr of text": (lambda f: replace(f, "X/indptr", data=[b"1"] * 76), "expected numbers"),
-    "a square of indices": (lambda f: replace(f, "X/indices", data=np.zeros((5, 5), dtype="i4")), "damaged sparse matrix"),
-    "indptr descending": (lambda f: f["X/indptr"].__setitem__(3, f["X/indptr"][4] + 1), "damaged sparse matrix"),
-    "indptr not from zero": (lambda f: f["X/indptr"].__setitem__(0, 1), "damaged sparse matrix"),
-    "an index too large": (lambda f: f["X/indices"].__setitem__(7, 30), "damaged sparse matrix"),
-    "a negative index": (lambda f: f["X/indices"].__setitem__(7, -1), "damaged sparse matrix"),
-    "fewer indices than values": (lambda f: replace(f, "X/indices", data=f["X/indices"][:-1]), "damaged sparse matrix"),
-    "another shape": (lambda f: f["X"].attrs.__setitem__("shape", (10**15, 30)), "1000000000000000 x 30, but there are 75 cells"),
-    "no shape": (lambda f: f["X"].attrs.__delitem__("shape"), "neither a dense, a CSR nor a CSC"),
-    "an unknown layout": (lambda f: f["X"].attrs.__setitem__("encoding-type", "coo\nmatrix"), "neither a dense, a CSR nor a CSC"),
-    "X in three dimensions": (lambda f: replace(f, "X", data=np.zeros((75, 30, 2))), "neither a dense"),
-    "X a number": (lambda f: replace(f, "X", data=3.0), "neither a dense"),
-    "X without values": (lambda f: f["X"].__delitem__("data"), "non-numeric"),
-    "codes beyond the categories": (lambda f: f["obs/condition/codes"].__setitem__(0, 99), "codes beyond"),
-    "codes below": (lambda f: f["obs/condition/codes"].__setitem__(0, -2), "codes beyond"),
-    "no categories": (lambda f: f["obs/condition"].__delitem__("categories"), "is missing"),
-    "columns of a kind of its own": (lambda f: replace(f, "obs/condition/categories", data=np.zeros(3, dtype=[("a", "i4")])), "expected text"),
-    "text that is no UTF-8": (lambda f: replace(f, "var/_index", data=[b"\xff\xfe"] * 30), "utf-8"),
-    "text with NUL": (lambda f: replace(f, "var/_index", data=np.array([b"a\0b"] * 30)), "NUL"),
-    "a name of a million characters": (lambda f: replace(f, "var/_index", data=["x" * 10**6] + GENES[1:]), "characters in it"),
-    "a label of a hundred thousand targets": (lambda f: f["obs/condition/categories"].__setitem__(0, "A+" * 4000 + "A"), "expected 'ctrl'"),
-    "no cells": (lambda f: (replace(f, "obs/condition/codes", data=np.zeros(0, dtype="i1")), replace(f, "X", data=np.zeros((0, 30)))), "0 cells"),
-    "obs a list": (lambda f: replace(f, "obs", data=np.zeros(75, dtype=[("condition", "i4")])), "no table of columns"),
-}
+@pytest.mark.parametrize("kind", ["gz", "zip"])
+def test_a_gzipped_or_zipped_file_is_read_as_it_is(tmp_path, kind):
+    content = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES).read_bytes()
+    _, data = run(tmp_path, packed(tmp_path, kind, content))
+    np.testing.assert_array_equal(data.X, logged(counts()))
+    assert [path.name for path in (tmp_path / "data/mine").iterdir()] == ["dataset.h5"]
 
 
-@pytest.mark.parametrize("name", HARM)
-def test_harm_is_one_line_that_names_file_and_cause_and_takes_no_memory(tmp_path, name):
-    harm, message = HARM[name]
-    write_cells(tmp_path / OTHER, logged(counts()), LABELS, GENES)
+@pytest.mark.parametrize("name, content, kind", [
+    ("empty.h5ad", b"", "an empty file"), ("table.csv", b"cell,GENE0\n", "a text file (csv, tsv?)"), ("x.mtx", b"%%MatrixMarket matrix", "a text file (mtx)"),
+    ("page.h5ad", b"<!doctype html>", "a web page"), ("x.pkl", pickle.dumps([1]), "a Python pickle"), ("x.h5ad", b"a\0b", "a binary file"),
+    ("x.csv.gz", gzip.compress(b"cell,GENE0\n"), "a text file (csv, tsv?) in it"), ("x.rds", gzip.compress(b"X\n\0\0"), "an R object (rds) in it"),
+    ("x.h5ad.gz", gzip.compress(b"\x89HDF" * 10)[:-9], "damaged"), ("x.zip", b"PK\x03\x04 broken", "damaged")])
+def test_a_file_of_another_kind_is_told_by_what_it_is(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    line = error(tmp_path, tmp_path / name)
+    assert f"{name}: {kind}" in line and ("save it with write_h5ad" in line or kind == "damaged")
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zarr"])
+def test_a_tar_archive_and_a_folder_are_told_too(tmp_path, kind):
+    path = tmp_path / "cells.zarr"
+    path.mkdir()
+    if kind != "zarr":
+        path = packed(tmp_path, kind, b"cells")
+    assert f"{path.name}: {'a folder (zarr?)' if kind == 'zarr' else 'a tar archive'}, not an AnnData file" in error(tmp_path, path)
+
+
+@pytest.mark.parametrize("groups, kind", [
+    (["mod", "obs", "var"], "a MuData file (h5mu)"), (["matrix/barcodes"], "10x Genomics' h5 format"), (["matrix", "row_attrs"], "a loom file"),
+    (["assays", "cell.names"], "an h5Seurat file"), (["stuff"], "an HDF5 file with stuff in it"), ([], "an HDF5 file with nothing in it")])
+def test_other_hdf5_files_are_told_by_what_they_are(tmp_path, groups, kind):
+    with h5py.File(tmp_path / "cells.h5", "w") as file:
+        for name in groups:
+            file.create_group(name)
+    assert f"cells.h5: {kind}, not an AnnData file" in error(tmp_path, tmp_path / "cells.h5")
+
+
+@pytest.mark.parametrize("name", ["X", "obs/condition"])
+def test_data_that_lies_in_another_file_is_not_followed(tmp_path, name):
+    write_cells(tmp_path / "other.h5ad", logged(counts()), LABELS, GENES)
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
     with h5py.File(path, "a") as file:
-        harm(file)
-    tracemalloc.start()
-    line = error(tmp_path, path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert message in line and "cells.h5ad" in line and len(line) < 600
-    assert peak < 50e6 and not (tmp_path / "data/mine/dataset.h5").exists()
-
-
-def test_zeros_among_the_texts_of_a_file_do_not_hang_the_run(tmp_path):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    content = path.read_bytes()
-    heap = content.index(b"GCOL")
-    for start in range(heap + 16, heap + 1000, 200):
-        path.write_bytes(content[:start] + bytes(100) + content[start + 100:])
-        assert "without end" in error(tmp_path, path)
-
-
-CLAIM = (0xFF000005).to_bytes(4, "little")  # the length that a reference to a text claims: 4 GB
-
-
-@pytest.mark.parametrize("options", [{}, {"chunks": (10,)}, {"chunks": (30,), "compression": "gzip"}, {"chunks": (30,), "compression": "gzip", "shuffle": True}])
-def test_a_text_that_claims_gigabytes_is_not_asked_for(tmp_path, options):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    with h5py.File(path, "a") as file:
-        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype(), **options)
-        index = file["var/_index"].id
-        start = index.get_chunk_info(0).byte_offset if options else index.get_offset()
-        if "compression" in options:
-            references = bytearray(zlib.decompress(index.read_direct_chunk((0,))[1]))
-            references[90 if "shuffle" in options else 3] = 255
-            index.write_direct_chunk((0,), zlib.compress(references))
-    if "compression" not in options:
-        content = bytearray(path.read_bytes())
-        assert content[start:start + 4] == len("GENE0").to_bytes(4, "little")
-        content[start:start + 4] = CLAIM
-        path.write_bytes(content)
-    assert "a text in '/var/_index' that is longer than the file" in error(tmp_path, path)
-
-
-def test_packed_texts_that_are_damaged_are_one_line(tmp_path):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    with h5py.File(path, "a") as file:
-        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype(), chunks=(30,), compression="gzip")
-        file["var/_index"].id.write_direct_chunk((0,), b"no zlib")
-    assert "cells.h5ad: not a whole HDF5 file, or a damaged one (/var/_index: " in error(tmp_path, path)
-
-
-def test_an_attribute_that_claims_gigabytes_is_not_asked_for(tmp_path):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    with h5py.File(path, "a") as file:
-        file["X"].attrs["note"] = 77 * "x"
-    content = path.read_bytes()
-    references = [match.start() for match in re.finditer((77).to_bytes(4, "little"), content)
-                  if content[int.from_bytes(content[match.end():match.end() + 8], "little"):][:4] == b"GCOL"]
-    assert len(references) == 1
-    path.write_bytes(content[:references[0]] + CLAIM + content[references[0] + 4:])
-    assert "that is longer than what it lies in" in error(tmp_path, path)
-
-
-def test_texts_without_end_that_lie_amid_numbers_are_not_read(tmp_path):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    with h5py.File(path, "a") as file:
-        file["uns/numbers"] = np.zeros(4096, "u1")
-        numbers = file["uns/numbers"].id.get_offset()
-        replace(file, "var/_index", data=GENES, dtype=h5py.string_dtype())
-        references = file["var/_index"].id.get_offset()
-    content = bytearray(path.read_bytes())
-    heap = int.from_bytes(content[references + 4:references + 12], "little")
-    content[numbers:numbers + 4096] = content[heap:heap + 216] + bytes(4096 - 216)
-    for i in range(30):
-        content[references + 16 * i + 4:references + 16 * i + 12] = numbers.to_bytes(8, "little")
-    path.write_bytes(content)
-    assert "texts amid numbers" in error(tmp_path, path)
-
-
-def test_groups_within_groups_without_end_are_not_walked(tmp_path):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    with h5py.File(path, "a") as file:
-        group = file.create_group("uns").id
-        for _ in range(2000):
-            group = h5py.h5g.create(group, b"a")
-    assert "groups within groups" in error(tmp_path, path)
-
-
-def test_a_column_of_more_entries_than_any_screen_has_cells_is_refused(tmp_path):
-    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    with h5py.File(path, "a") as file:
-        replace(file, "obs/condition", shape=(30_000_000,), dtype=bool, chunks=(2**20,), compression="gzip")
-        file["obs/condition"][::2**19] = 1
-    assert "30,000,000 entries" in error(tmp_path, path)
+        del file[name]
+        file[name] = h5py.ExternalLink("other.h5ad", f"/{name}")
+    assert f"{name} lies in another file" in error(tmp_path, path)
 
 
 def test_a_file_cut_anywhere_is_an_error_that_names_it(tmp_path):
@@ -586,117 +629,20 @@ def zipped(path, *names, content=b"not HDF5"):
     return path
 
 
-def test_a_zip_that_declares_an_absurd_expansion_is_not_unpacked(tmp_path):
-    path = zipped(tmp_path / "cells.zip", "cells.h5ad", content=bytes(10**6))
-    content = path.read_bytes()
-    sizes = (10**6).to_bytes(4, "little")
-    for size, message in ((3 * 10**9, "declare to unpack to 3.0 GB"), (10**5, "cannot be unpacked")):
-        path.write_bytes(content.replace(sizes, size.to_bytes(4, "little")))
-        assert message in error(tmp_path, path)
-
-
-def test_what_a_killed_run_left_unpacked_goes_after_a_day(tmp_path):
-    old, new = (tmp_path / f"data/mine/.unpacked-{name}" for name in ("old", "new"))
-    for folder in (old, new):
-        folder.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    cells = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES)
-    run(tmp_path, zipped(tmp_path / "cells.zip", "cells.h5ad", content=cells.read_bytes()))
-    assert not old.exists() and new.exists()
-
-
 @pytest.mark.parametrize("names, message", [([], "0 .h5ad files"), (["a.h5ad", "b.h5ad"], "2 .h5ad files"),
-                                            (["../../evil.h5ad"], "not a whole HDF5")])
+                                            (["../../evil.h5ad"], "a text file")])
 def test_a_zip_needs_one_file_of_cells_and_no_name_in_it_becomes_a_path(tmp_path, names, message):
     (tmp_path / "root").mkdir()
     assert message in error(tmp_path / "root", zipped(tmp_path / "cells.zip", *names))
     assert not list(tmp_path.rglob("*.h5ad")) and not list((tmp_path / "root/data/mine").iterdir())
 
 
-# --- random damage
-
-def structure_damage(file, rng):
-    """One random change of the structure of a file: something deleted, replaced by another, or of another size or type."""
-    names = []
-    file.visit(names.append)
-    name = rng.choice(names)
-    kind = rng.randrange(6)
-    if kind == 0:
-        del file[name]
-    elif kind == 1:
-        other = rng.choice(names)
-        value = file[other]
-        if not other.startswith(name) and not name.startswith(other):
-            del file[name]
-            file[name] = value  # a hard link
-    elif kind == 2:
-        values = [np.zeros(3), np.array([b"text"] * 75), np.arange(76), np.zeros((75, 30), "i1"), -1, np.array([np.nan] * 30),
-                  h5py.Empty("f4")]
-        del file[name]
-        file[name] = rng.choice(values)
-    elif kind == 3:
-        attribute = rng.choice(["encoding-type", "shape", "_index", "categories"])
-        file[name].attrs[attribute] = rng.choice([0, "x", [1, 2], b"\xff", [75, 30], "csc_matrix"])
-    elif kind == 4 and isinstance(file[name], h5py.Dataset) and file[name].size:
-        values = file[name][...]
-        values.flat[rng.randrange(values.size)] = rng.choice([0, -1, 1, 100]) if values.dtype.kind in "iufb" else b""
-        file[name][...] = values
-    elif isinstance(file[name], h5py.Dataset) and file[name].ndim:
-        values = file[name][:rng.randrange(len(file[name]) + 1)]
-        dtype = file[name].dtype
-        del file[name]
-        file.create_dataset(name, data=values, dtype=dtype)
-
-
-def damaged(path, kind, rng):
-    if kind == "structure":
-        with h5py.File(path, "a") as file:
-            for _ in range(rng.randint(1, 2)):
-                structure_damage(file, rng)
-        return
-    content = bytearray(path.read_bytes())
-    for _ in range(rng.randint(1, 20)):
-        if rng.random() < 0.2:  # where the directory of a file or zip stands
-            content[rng.randrange(min(3000, len(content)))] = rng.randrange(256)
-        else:
-            content[rng.randrange(len(content))] = rng.choice([0, 1, 127, 255, rng.randrange(256)])
-    if rng.random() < 0.1:
-        del content[rng.randrange(len(content)):]
-    path.write_bytes(content)
-
-
-def check_outcome(folder, kind, encoding, layout, seed):
-    """Damage a good file at random and prepare it: success, or one line that names the file."""
-    path = write_cells(folder / "cells.h5ad", logged(counts()), LABELS, GENES, layout, encoding)
-    if kind == "zip":
-        with zipfile.ZipFile(folder / "cells.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.write(path, "x/cells.h5ad")
-        path = folder / "cells.zip"
-    damaged(path, kind, random.Random(seed))
-    done = run_script("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", "--min-cells", 1, root=folder, check=False)
-    errors = done.stderr.strip().splitlines()
-    if done.returncode:
-        assert done.returncode == 1 and len(errors) == 1 and errors[0].startswith("error: "), done.stderr
-        assert path.name in errors[0] or "the split leaves no condition" in errors[0], errors[0]
-        assert not (folder / "data/mine/dataset.h5").exists()
-    else:
-        assert all(line.startswith("warning: ") for line in errors), done.stderr
-    assert not list((folder / "data/mine").glob(".*"))
-
-
-damage = given(kind=st.sampled_from(["bytes", "structure", "zip"]), encoding=st.sampled_from(["categories", "old categories", "nullable"]),
-               layout=st.sampled_from(["csr", "csc", "dense"]), seed=st.integers(0, 2**32))
-fuzz = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-
-@settings(fuzz, max_examples=30)
-@damage
-def test_random_damage_ends_well_or_in_one_line(tmp_path_factory, **drawn):
-    check_outcome(tmp_path_factory.mktemp("damage"), **drawn)
-
-
-@pytest.mark.soak
-@settings(fuzz, max_examples=500)
-@damage
-def test_much_random_damage_ends_well_or_in_one_line(tmp_path_factory, **drawn):
-    check_outcome(tmp_path_factory.mktemp("damage"), **drawn)
+@pytest.mark.parametrize("seed", range(10))
+def test_random_bytes_in_the_matrix_end_well_or_in_one_line(tmp_path, seed):
+    rng = random.Random(seed)
+    path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES, rng.choice(["csr", "csc"]))
+    with h5py.File(path, "a") as file:
+        for name in "indices", "indptr":
+            file["X"][name][rng.randrange(30)] = rng.choice([-1, 0, 29, 30, 10**6])
+    done = run_script("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path, check=False)
+    assert done.returncode == 0 or done.stderr.count("\n") == 1 and "cells.h5ad" in done.stderr

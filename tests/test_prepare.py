@@ -3,6 +3,7 @@ import hashlib
 import json
 import zipfile
 from collections import Counter
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -18,11 +19,17 @@ def prepare(stage):
     return stage("03_prepare_data")
 
 
+def rules(*genes, control=("ctrl",), separator="+", target_regex=None, upper_case=False):
+    """How labels are read: as of the options' defaults, but for what is given."""
+    return SimpleNamespace(control=control, separator=separator, target_regex=target_regex, upper_case=upper_case,
+                           genes=set(genes))
+
+
 @pytest.fixture(scope="module")
 def norman(prepare):
     """The 284 condition labels of the published Norman file, as {label: targets}."""
     lines = (GOLDEN / "norman_conditions.tsv").read_text().splitlines()[1:]
-    return {label: prepare.parse_condition(label) for label in (line.split("\t")[0] for line in lines)}
+    return {label: prepare.parse_condition(label, rules()) for label in (line.split("\t")[0] for line in lines)}
 
 
 # --- split
@@ -63,37 +70,52 @@ def test_a_pair_written_in_both_orders_stays_on_one_side(prepare, norman):
     assert {label: split[label] for label in perturbed} == prepare.split_conditions(perturbed, 1)[0]
 
 
-@pytest.mark.parametrize("label", ["A+", "+A", "A+A", "ctrl+ctrl", "", "A + B", "A++B"])
-def test_a_label_of_unknown_form_is_an_error(prepare, label):
-    with pytest.raises(SystemExit, match="condition"):
-        prepare.parse_condition(label)
+@pytest.mark.parametrize("label", ["A+", "+A", "A+A", "", "A++B"])
+def test_a_label_that_is_no_condition_raises_a_value_error(prepare, label):
+    with pytest.raises(ValueError, match="nothing before or after|twice"):
+        prepare.parse_condition(label, rules())
 
 
-def test_labels_give_their_targets_whatever_the_place_of_control(prepare):
-    assert prepare.parse_condition("A+ctrl") == prepare.parse_condition("ctrl+A") == ["A"]
-    assert prepare.parse_condition("A+B+C") == ["A", "B", "C"] and prepare.parse_condition("ctrl") == []
-    assert prepare.parse_condition("NT", control="NT") == []
+@pytest.mark.parametrize("label, targets", [("A+ctrl", ["A"]), ("ctrl+A", ["A"]), ("A", ["A"]), ("A+B+C", ["A", "B", "C"]), ("ctrl", []),
+                                            ("ctrl+ctrl", []), (" A + B ", ["A", "B"])])
+def test_labels_give_their_targets_whatever_the_place_of_control(prepare, label, targets):
+    assert prepare.parse_condition(label, rules()) == targets
+
+
+@pytest.mark.parametrize("label, targets, name", [
+    ("ctrl", [], "ctrl"), ("A+ctrl", ["A"], "A+ctrl"), ("ctrl+A", ["A"], "ctrl+A"), ("B+A", ["B", "A"], "B+A"),  # GEARS' form stays
+    ("NT-1", [], "ctrl"), ("A", ["A"], "A+ctrl"), ("A_NT", ["A"], "A+ctrl"), ("B_A", ["B", "A"], "A+B"), ("C|B|A", ["C", "B", "A"], "A+B+C")])
+def test_the_name_of_a_condition_is_its_label_in_gears_form_and_else_made_of_its_targets(prepare, label, targets, name):
+    assert prepare.condition_name(label, targets) == name
+
+
+@pytest.mark.parametrize("label, separator, condition", [
+    ("A+ctrl", "+", "A+ctrl"), ("ctrl+A", "+", "A+ctrl"), ("A", "+", "A+ctrl"), ("B+A", "+", "A+B"), ("A_B", "_", "A+B"), ("A+B", "_", "A+B"),
+    ("Z", "+", None), ("A__B", "_", None), (7, "+", None)])
+def test_a_users_label_finds_its_condition_by_its_targets(prepare, label, separator, condition):
+    conditions = {"A+ctrl": ["A"], "A+B": ["A", "B"]}
+    assert prepare.find_condition(label, conditions, rules(separator=separator)) == condition
 
 
 def test_a_split_of_the_users_names_its_subgroups(prepare, tmp_path):
     path = tmp_path / "split.json"
-    path.write_text(json.dumps({"train": ["A+ctrl", "B+C"], "val": ["B+ctrl"], "test": ["D+ctrl", "A+B", "A+D", "D+E"]}))
-    targets_of = {label: prepare.parse_condition(label) for label in ["A+ctrl", "B+C", "B+ctrl", "D+ctrl", "A+B", "A+D", "D+E"]}
-    split, subgroup = prepare.split_from_json(path, targets_of)
-    assert split["B+C"] == "train" and split["B+ctrl"] == "val"
+    path.write_text(json.dumps({"train": ["A+ctrl", "B+C"], "val": ["B"], "test": ["D+ctrl", "B+A", "A+D", "D+E"]}))
+    names = ["A+ctrl", "B+C", "B+ctrl", "D+ctrl", "A+B", "A+D", "D+E"]
+    targets_of = {name: prepare.parse_condition(name, rules()) for name in names}
+    split, subgroup = prepare.split_from_json(path, targets_of, rules())
+    assert split["B+C"] == "train" and split["B+ctrl"] == "val" and set(split) == set(names)
     assert subgroup == {"D+ctrl": "unseen_single", "A+B": "combo_seen2", "A+D": "combo_seen1", "D+E": "combo_seen0"}
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{", "not JSON"), ('{"train": []}', "expected"), ('{"train": ["A+ctrl"], "val": ["A+ctrl"], "test": []}', "'A\\+ctrl' stands twice"),
-    ('{"train": ["A+ctrl"], "val": ["Z+ctrl"], "test": []}', "'Z\\+ctrl' is no perturbed condition of the data; did you mean A\\+ctrl"),
-    ('{"train": ["A"], "val": [], "test": []}', "'A' is no perturbed condition of the data; did you mean A\\+ctrl"),
-    ('{"train": [], "val": [], "test": []}', "'A\\+ctrl' of the data is in none")])
-def test_a_bad_split_file_is_an_error_that_names_the_condition(prepare, tmp_path, content, message):
+    ("{", "not a JSON file"), ('{"train": []}', "expected"),
+    ('{"train": ["A+ctrl", "Z+ctrl", 7], "val": ["A"], "test": []}', "4 problems: 'Z\\+ctrl' is no perturbed condition of the data .did you mean .*A\\+ctrl.*, "
+     "7 is no .*'A' stands twice, 'B\\+ctrl' is missing")])
+def test_a_bad_split_file_is_an_error_that_names_all_that_is_wrong(prepare, tmp_path, content, message):
     path = tmp_path / "split.json"
     path.write_text(content)
     with pytest.raises(SystemExit, match=message):
-        prepare.split_from_json(path, {"A+ctrl": ["A"]})
+        prepare.split_from_json(path, {"A+ctrl": ["A"], "B+ctrl": ["B"]}, rules())
 
 
 # --- differential expression
@@ -124,7 +146,9 @@ def test_only_measured_genes_are_ranked(prepare):
 def test_normalization_scales_to_the_median_total_and_takes_the_log(prepare):
     counts = np.array([[1, 2, 0], [4, 0, 4], [0, 5, 0]], dtype=float)
     expected = np.log1p(counts / counts.sum(1, keepdims=True) * np.median(counts.sum(1)))
-    np.testing.assert_allclose(prepare.normalized(sparse.csr_matrix(counts)).toarray(), expected, rtol=1e-6)
+    scale = np.median(counts.sum(1)) / counts.sum(1)
+    for matrix in sparse.csr_matrix(counts), sparse.csc_matrix(counts):
+        np.testing.assert_allclose(prepare.normalize(matrix, scale).toarray(), expected, rtol=1e-6)
 
 
 # --- AnnData files
@@ -211,7 +235,7 @@ def test_every_array_of_dataset_h5_is_what_the_design_says(tmp_path):
         assert [data["genes"][t] for t in data["targets"][c] if t >= 0] == of_label and data["targets"].shape[1] == 2
         np.testing.assert_allclose(data["mean"][c, :30], dense[np.array(LABELS) == label].mean(0), rtol=1e-5)
         assert (data["split"][c] == "ctrl") == (label == "ctrl") and (data["subgroup"][c] == "") == (data["split"][c] in ("ctrl", "train"))
-    assert "10 of 11 targets are measured; 1 join as unmeasured genes" in done.stdout
+    assert "10 of 11 targets are measured" in done.stdout and "1 targets join as unmeasured genes: UNMEASURED" in done.stdout
 
 
 def test_rankings_of_the_file_are_taken_by_gene_id_and_computed_without_them(tmp_path):
@@ -258,10 +282,10 @@ def test_unpacked_cells_of_another_checksum_than_known_are_refused(prepare, tmp_
     content = write_h5ad(tmp_path / "cells.h5ad").read_bytes()
     with zipfile.ZipFile(tmp_path / "gears.zip", "w") as archive:
         archive.writestr("norman/perturb_processed.h5ad", content)
-    with prepare.as_h5ad(tmp_path / "gears.zip", tmp_path, hashlib.sha256(content).hexdigest()) as unpacked:
-        assert unpacked.read_bytes() == content
-    with pytest.raises(SystemExit, match="the SHA-256 of the cells in it is"), prepare.as_h5ad(tmp_path / "gears.zip", tmp_path, "0" * 64):
-        pass
+    unpacked = prepare.open_cells(tmp_path / "gears.zip", tmp_path, hashlib.sha256(content).hexdigest())
+    assert unpacked.read_bytes() == content
+    with pytest.raises(SystemExit, match="gears.zip: the cells in it are not those expected"):
+        prepare.open_cells(tmp_path / "gears.zip", tmp_path, "0" * 64)
 
 
 def test_the_dense_counts_layer_is_never_read(tmp_path):
@@ -288,7 +312,8 @@ def test_counts_are_normalized_on_request(prepare, tmp_path):
     counts = np.random.default_rng(1).poisson(3, (len(LABELS), 30)).astype(np.float32)
     _, file = prepared(tmp_path, "--normalize", dense=counts)
     with file:
-        np.testing.assert_array_equal(file["X/data"][:], prepare.normalized(sparse.csr_matrix(counts)).data)
+        expected = np.log1p(counts * (np.median(counts.sum(1)) / counts.sum(1))[:, None])
+        np.testing.assert_allclose(file["X/data"][:], expected[expected > 0], rtol=1e-6)
 
 
 def test_a_second_call_does_nothing_and_force_does_it_again(tmp_path):
@@ -310,16 +335,18 @@ def spoil(path, how):
 
 
 BAD_INPUT = {
-    "no AnnData file": (lambda f: f.pop("obs"), [], "no obs in it"),
-    "no condition column": (lambda f: f["obs"].pop("condition"), [], "no column 'condition'"),
-    "no such gene column": (lambda f: None, ["--gene-key", "symbol"], "no column 'symbol'"),
-    "no such control": (lambda f: None, ["--control", "NT"], "no condition 'NT'"),
+    "no AnnData file": (lambda f: f.pop("obs"), [], "an HDF5 file with X, uns, var in it, not an AnnData file"),
+    "no condition column": (lambda f: None, ["--condition-key", "guide"], "obs has no column 'guide'; it has condition, condition_name"),
+    "no such gene column": (lambda f: None, ["--gene-key", "symbol"], "var has no column 'symbol'; it has gene_name"),
+    "no such control": (lambda f: f["obs/__categories/condition"].__setitem__(slice(-1, None), "GENE8+GENE9"), ["--control", "NT"], "no control cells (NT)"),
+    "no such layer": (lambda f: f["X"].copy(f["X"], f.create_group("layers"), "logged"), ["--layer", "counts"], "no layers/counts in it; choose another matrix with --layer (logged)"),
     "NaN": (lambda f: f["X/data"].__setitem__(3, np.nan), [], "NaN"),
     "negative": (lambda f: f["X/data"].__setitem__(3, -1), [], "negative"),
     "raw counts": (lambda f: f["X/data"].__setitem__(slice(None), 2), [], "--normalize"),
     "indices out of range": (lambda f: f["X/indices"].__setitem__(0, 30), [], "damaged"),
     "indptr not ascending": (lambda f: f["X/indptr"].__setitem__(3, 10**6), [], "damaged"),
-    "shapes disagree": (lambda f: f["X"].attrs.__setitem__("shape", (len(LABELS), 31)), [], "31, but there are"),
+    "another number of cells": (lambda f: f["X"].__delitem__("indptr") or f["X"].__setitem__("indptr", np.zeros(9, "i4")), [], "is not of 142 cells and 30 genes"),
+    "an unknown layout": (lambda f: f["X"].attrs.__setitem__("encoding-type", "coo_matrix"), [], "neither dense, CSR nor CSC (coo_matrix)"),
     "no X": (lambda f: f.pop("X"), [], "no X in it"),
 }
 
@@ -334,13 +361,15 @@ def test_bad_input_is_one_line_that_names_file_and_cause(tmp_path, name):
     assert not (tmp_path / "data/mine/dataset.h5").exists()
 
 
-def test_a_condition_without_cells_is_an_error(tmp_path):
-    path = write_h5ad(tmp_path / "cells.h5ad", encoding="new")
+def test_a_category_without_cells_does_not_exist(tmp_path):
+    path = write_h5ad(tmp_path / "cells.h5ad", encoding="new", rankings=False)
     with h5py.File(path, "a") as file:
         codes = file["obs/condition/codes"][:]
         file["obs/condition/codes"][:] = np.where(codes == 3, 2, codes)
-        del file["uns"]
-    assert "has no cells" in error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
+        gone = file["obs/condition/categories"].asstr()[3]
+    _, file = prepared(tmp_path)
+    with file:
+        assert gone not in file["conditions"].asstr()[:] and len(file["conditions"]) == len(set(LABELS)) - 1
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"<!doctype html>", b"\x89HDF\r\n\x1a\n and no more"])
@@ -353,13 +382,25 @@ def test_gene_names_that_match_nothing_are_an_error_with_advice(tmp_path):
     path = write_h5ad(tmp_path / "cells.h5ad")
     (tmp_path / "vocab.json").write_text('{"<pad>": 0, "TP53": 1}')
     error = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", tmp_path / "vocab.json", root=tmp_path)
-    assert "none of the 30 genes" in error and "--gene-key" in error
+    assert "0 of 30 genes (GENE0, GENE1, ...) are in the vocabulary" in error and "--gene-key" in error
 
 
-def test_an_empty_part_of_the_split_is_an_error(tmp_path):
+def test_too_few_perturbations_for_a_split_are_an_error_and_train_with_split_none(tmp_path):
     labels = ["ctrl"] * 5 + ["GENE1+ctrl"] * 5 + ["GENE2+ctrl"] * 5
     path = write_h5ad(tmp_path / "cells.h5ad", labels=labels, dense=expression()[:15])
-    assert "leaves no condition for train" in error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
+    line = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
+    assert "2 perturbations are too few for the split" in line and "about a dozen" in line and "--split none" in line
+    done, file = prepared(tmp_path, "--split", "none")
+    with file:
+        assert dict(zip(file["conditions"].asstr()[:], file["split"].asstr()[:])) == {"ctrl": "ctrl", "GENE1+ctrl": "train", "GENE2+ctrl": "train"}
+    assert "train: 2 conditions" in done.stdout and "test:" not in done.stdout
+
+
+def test_control_cells_alone_are_an_error_that_names_what_takes_them(tmp_path):
+    path = write_h5ad(tmp_path / "cells.h5ad", labels=["ctrl"] * 5, dense=expression()[:5])
+    for split in "simulation", "none":
+        line = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", "--split", split, root=tmp_path)
+        assert "control cells only" in line and "--controls-from" in line
 
 
 def test_an_unknown_dataset_and_a_missing_file_are_errors(tmp_path):

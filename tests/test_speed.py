@@ -8,7 +8,7 @@ import model
 
 @pytest.mark.parametrize("variant", ["scgpt", "scgenept_go_c"])
 def test_predictions_in_bfloat16_stay_within_a_hundredth_of_float32(demo, stage, variant):
-    data = stage("04_train").load_dataset(demo / "data/demo/dataset.h5", "03_prepare_data.py")
+    data = stage("03_prepare_data").load_dataset(demo / "data/demo/dataset.h5", "03_prepare_data.py")
     net = model.load(demo / f"runs/demo/{variant}/seed42/model.pt")
     control = data.X[data.ctrl_cells[:40]].toarray()
     in_float32 = model.predict(net, data.token_ids, control, [3, 70])
@@ -17,7 +17,7 @@ def test_predictions_in_bfloat16_stay_within_a_hundredth_of_float32(demo, stage,
     assert 0 < np.linalg.norm(in_bfloat16 - in_float32) / np.linalg.norm(in_float32) < 1e-2
 
 
-def test_a_compiled_network_has_the_same_weights_by_name_and_the_same_output():
+def test_a_compiled_model_has_the_same_weights_by_name_and_the_same_output():
     torch.manual_seed(0)
     net = model.ScGenePT(model.Config(n_tokens=50, pad_id=47, d_model=16, n_heads=2, d_hid=16, n_layers=1)).eval()
     inputs = torch.arange(20), torch.rand(2, 20), torch.rand(2, 20) < 0.1
