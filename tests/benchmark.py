@@ -210,7 +210,8 @@ def prepare(folder, dataset, options):
 def split(n_cells):
     """Seconds of splitting Norman's labels; its peak memory is that of stage 03's imports."""
     stage = importlib.import_module("03_prepare_data")
-    targets_of = {label: stage.parse_condition(label) for label in sorted({*norman_labels(n_cells)} - {"ctrl"})}
+    targets_of = {label: [gene for gene in label.split("+") if gene != "ctrl"]
+                  for label in sorted({*norman_labels(n_cells)} - {"ctrl"})}
     return {"seconds": fastest(lambda: stage.split_conditions(targets_of, 1))}
 
 
@@ -219,7 +220,7 @@ def batches(folder, dataset, share):
     import numpy as np
     import torch
     stage = importlib.import_module("04_train")
-    data = stage.load_dataset(Path(folder) / "data" / dataset / "dataset.h5", "03_prepare_data.py")
+    data = stage.prepare.load_dataset(Path(folder) / "data" / dataset / "dataset.h5", "03_prepare_data.py")
     n_cells = int(len(data.cell_condition) * share)
     data.X, data.cell_condition = data.X[:n_cells], data.cell_condition[:n_cells]
     data.ctrl_cells = data.ctrl_cells[data.ctrl_cells < n_cells]
