@@ -93,7 +93,7 @@ def parse_condition(label, rules):
     names = split_label(label.strip(), rules)
     if not all(names):
         raise ValueError(f"nothing before or after a {rules.separator!r}")
-    targets = [name for name in names if not is_control(name, rules)]
+    targets = [name for name in names if not is_named(name, rules.control)]
     if rules.upper_case:
         targets = [target.upper() for target in targets]
     if rules.target_regex:  # two guides of one gene are one target

@@ -288,7 +288,7 @@ NORMAN, REPLOGLE = "(.+)_(.+)__.+", "[0-9]+_(.+?)_.+"
     (NORMAN, "KLF1_MAP2K6__KLF1_MAP2K6", ["KLF1", "MAP2K6"]), (NORMAN, "NegCtrl0_NegCtrl0__NegCtrl0_NegCtrl0", []),
     ("(?P<first>[^_]+)_(?P<second>[^_]+)__.+", "KLF1_MAP2K6__KLF1_MAP2K6", ["KLF1", "MAP2K6"]),
     (REPLOGLE, "10005_ZBTB4_P1_ENSG00000174282", ["ZBTB4"]), (REPLOGLE, "2_HLA-A_P1P2_ENSG00000206503", ["HLA-A"]),
-    (REPLOGLE, "10752_non-targeting_non-targeting_non-targeting", [])])
+    (REPLOGLE, "10752_non-targeting_non-targeting_non-targeting", []), ("(.+?)(?:_g[0-9])?", "NegCtrl7_g1", [])])
 @pytest.mark.parametrize("separator", "+_")
 def test_the_regex_sees_the_whole_label_first_and_each_group_is_a_target(prepare, regex, label, targets, separator):
     control = ["ctrl", "NegCtrl*", "non-targeting"]

@@ -410,8 +410,9 @@ def test_an_unknown_dataset_and_a_missing_file_are_errors(tmp_path):
 
 # --- the demo
 
-def test_the_demo_is_balanced_labelled_synthetic_and_its_mean_response_is_small(demo):
-    with h5py.File(demo / "data/demo/dataset.h5") as file:
+def test_the_demo_is_balanced_labelled_synthetic_and_its_mean_response_is_small(tmp_path):
+    assert "SYNTHETIC" in run_script("03_prepare_data.py", root=tmp_path).stdout
+    with h5py.File(tmp_path / "data/demo/dataset.h5") as file:
         assert file.attrs["synthetic"]
         split, mean, ctrl = file["split"].asstr()[:], file["mean"][:], file["conditions"].asstr()[:] == "ctrl"
     delta = mean[split == "train"] - mean[ctrl]
