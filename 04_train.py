@@ -577,7 +577,8 @@ def save_state(state, run):
 def save_derived(state, run):
     """Write model.pt, if the last epoch is the best one, and log.csv, whose numbers read back exactly."""
     if state.best_epoch == len(state.log):
-        model.save(state.net, run / "model.pt")
+        with shared.replacing(run / "model.pt") as partial:
+            model.save(state.net, partial)
     rows = [",".join(repr(row[column]) for column in LOG_COLUMNS) for row in state.log]
     shared.write_text(run / "log.csv", "\n".join([",".join(LOG_COLUMNS), *rows]) + "\n")
 

@@ -1,6 +1,7 @@
 """04_train.py: variants, language vectors, batches, the training loop, pretrained weights, runs, and what it refuses."""
 import csv
 import json
+import shlex
 import shutil
 import time
 from types import SimpleNamespace
@@ -15,8 +16,8 @@ from scipy import sparse
 import model
 from conftest import GOLDEN, error_of, run_process, run_script, start_process
 
-SMALL = ["--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16, "--batch-size", 512, "--genes-per-batch", 32]
-OF_DEMO = ["--variant", "scgpt", "scgenept_go_c", "--seed", 42, 23, "--epochs", 2, "--d-model", 32, "--n-layers", 1]  # conftest's
+SMALL = ["--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16, "--batch-size", 512, "--genes-per-batch", 32,
+         "--lr", 1e-3]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,12 @@ def own(demo, tmp_path):
 
 def train(root, *args, run=run_script, **options):
     return run("04_train.py", *SMALL, "--variant", "scgpt", *args, root=root, **options)
+
+
+def train_as_before(root, run="scgpt/seed42"):
+    """The command that trained a run of conftest's demo, in a copy of its root."""
+    words = shlex.split(config_of(root, run)["command"])[1:]
+    return run_script("04_train.py", *words[:words.index("--root")], root=root)
 
 
 def weights(root, run="scgpt/seed42", file="model.pt"):
@@ -476,7 +483,7 @@ def test_data_that_is_made_again_leaves_runs_valid(own, script, options):
     if "--force" not in options:  # another split and back
         assert "the dataset has changed since" in run_script("05_eval.py", "--controls", 2, root=own).stdout
         run_script(script, root=own)
-    assert run_script("04_train.py", *OF_DEMO, root=own).stdout.count("finished already") == 4
+    assert train_as_before(own).stdout.count("finished already") == 4
     done = run_script("05_eval.py", "--controls", 2, root=own)
     assert "left out" not in done.stdout
     with open(own / "results/demo/metrics.csv", newline="") as file:
@@ -492,7 +499,7 @@ def test_a_finished_run_without_its_model_is_left_out_of_the_tables_and_trained_
     with open(own / "results/demo/metrics.csv", newline="") as file:
         runs = {(row["model"], row["seed"]) for row in csv.DictReader(file)}
     assert {("scgpt", "23"), ("scgenept_go_c", "42")} <= runs and ("scgpt", "42") not in runs
-    done = run_script("04_train.py", *OF_DEMO, root=own)
+    done = train_as_before(own)
     assert "model.pt is missing: trains again" in done.stdout and done.stdout.count("finished already") == 3
     assert are_equal(before, weights(own))
 
@@ -514,7 +521,7 @@ def until(condition):
     raise AssertionError("waited for too long")
 
 
-def test_force_killed_midway_leaves_the_old_model_in_use_and_goes_on_beside_it(root):
+def test_force_killed_midway_leaves_the_old_model_in_use_and_goes_on_beside_it(training, root):
     train(root, "--epochs", 1)
     before, new = weights(root), root / "runs/demo/scgpt/seed42.new"
     again = ["--epochs", 8, "--lr", 2e-3, "--force"]
@@ -523,7 +530,7 @@ def test_force_killed_midway_leaves_the_old_model_in_use_and_goes_on_beside_it(r
     process.kill()
     process.communicate()
     assert are_equal(before, weights(root)) and "finished already" in train(root, "--epochs", 1).stdout
-    assert "left out" not in run_script("05_eval.py", "--controls", 2, root=root).stdout
+    assert [run.path for run in training.find_runs(root, "demo", None, None)] == [root / "runs/demo/scgpt/seed42/model.pt"]
 
     assert "goes on after epoch" in train(root, *again).stdout
     assert len(log_of(root)) == config_of(root)["epochs"] == 8 and config_of(root)["lr"] == 2e-3
