@@ -98,5 +98,5 @@ def demo(tmp_path_factory):
     for script in ("01_fetch_annotations.py", "02_embed.py", "03_prepare_data.py"):
         run_script(script, root=root)
     run_script("04_train.py", "--variant", "scgpt", "scgenept_go_c", "--seed", 42, 23, "--epochs", 2,
-               "--d-model", 32, "--n-layers", 1, root=root)
+               "--d-model", 32, "--n-layers", 1, "--batch-size", 64, root=root)
     return root
