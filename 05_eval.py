@@ -722,7 +722,8 @@ def print_table(outcome, names, test, synthetic):
             break
     title = ("Pearson Δ top 20: correlation of predicted with measured change, 20 most changed genes"
              + (" (SYNTHETIC data)" if synthetic else ""))
-    print(f"\n{textwrap.fill(title, width)}\n\n{table}\n\n{textwrap.fill(verdict(outcome)[0], width)}\n")
+    words = textwrap.fill(verdict(outcome)[0], width, break_on_hyphens=False)  # names have hyphens
+    print(f"\n{textwrap.fill(title, width)}\n\n{table}\n\n{words}\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1012,7 +1013,8 @@ def predict_perturbations(args, data, runs, machine):
     warn_of_likeness(study)
     for name, of_model, _, size, _, _, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
         line = f"{name}: effect {size:.4f} by {of_model}; {' '.join(top.split()[:5])} ..."
-        print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    "))
+        print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
+                            break_on_hyphens=False))
     print(f"values{' and figures' if has_figures else ''}: {folder}")
 
 
