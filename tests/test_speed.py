@@ -1,4 +1,7 @@
-"""What makes training and prediction fast leaves their results alone. How fast they are: python tests/benchmark.py"""
+"""What makes training and prediction fast leaves their results alone.
+
+How fast they are: python tests/benchmark.py
+"""
 import numpy as np
 import pytest
 import torch
@@ -19,7 +22,8 @@ def test_predictions_in_bfloat16_stay_within_a_hundredth_of_float32(demo, stage,
 
 def test_a_compiled_model_has_the_same_weights_by_name_and_the_same_output():
     torch.manual_seed(0)
-    net = model.ScGenePT(model.Config(n_tokens=50, pad_id=47, d_model=16, n_heads=2, d_hid=16, n_layers=1)).eval()
+    config = model.Config(n_tokens=50, pad_id=47, d_model=16, n_heads=2, d_hid=16, n_layers=1)
+    net = model.ScGenePT(config).eval()
     inputs = torch.arange(20), torch.rand(2, 20), torch.rand(2, 20) < 0.1
     keys, expected = list(net.state_dict()), net(*inputs)
     net.compile(backend="eager")  # what --compile calls; this backend needs no compiler
