@@ -545,7 +545,7 @@ def run(main):
         is_memory = "memory" in str(error) and "alloc" in str(error)  # how torch says it
         if not isinstance(error, MemoryError) and not is_memory:
             raise
-        sys.exit("error: not enough memory; lower --batch-size or --genes-per-batch, or keep fewer genes")
+        sys.exit("error: not enough memory; lower --cells-at-once (04), --batch-size or --genes-per-batch")
 
 
 def common_options(parser):

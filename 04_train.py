@@ -15,7 +15,9 @@ not come from what the texts say.
 which the paper kept), linear (no norm before the encoder), normalized (linear, language vectors scaled to
 length 1), batchnorm (in place of the layer norm), dropout0 (layernorm without any dropout), projection
 (starts from the least-squares projection of language vectors to pretrained token vectors), weights (a learned
-factor for each part), two-encoders (language goes through a transformer of its own).
+factor for each part), two-encoders (language goes through a transformer of its own). target-by-text is this
+kit's own: as layernorm, but a perturbed gene that has a text enters without its token. Else the model learns
+each training target by its token, which tells nothing of other targets; so it has to learn from the text.
 
 A run's folder holds model.pt (the epoch with the lowest validation error), state.pt (the last epoch, from
 which the same command goes on), log.csv and config.json. A finished run is left as it is; with more --epochs
@@ -39,6 +41,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: else a busy machine slows small steps
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPU cannot do runs on the CPU
 
 import numpy as np
 import torch
@@ -55,16 +58,24 @@ prepare = importlib.import_module("03_prepare_data")
 PRETRAINED_URL = "https://czi-scgenept-public.s3.amazonaws.com/models/pretrained/scgpt/"
 PRETRAINED_FILES = ("args.json", "vocab.json", "best_model.pt")
 VARIANTS = ["scgpt", "scgenept_go_all", "scgenept_go_all-shuffled"]
-DEFAULTS = {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2}  # Table 31
-DEMO_DEFAULTS = {"epochs": 6, "batch_size": 32, "lr": 2e-3, "genes_per_batch": 1536, "dropout": 0.0}
-SCRATCH_SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64}
-SCGPT_SIZES = {  # their names in args.json
+DEMO_VARIANTS = [*VARIANTS, "scgenept_go_all,align=target-by-text"]
+DEFAULTS = {  # pretrained: Table 31 of the paper; the sizes are those of the pretrained model
+    "pretrained": {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2,
+                   "residual": False},
+    "from scratch": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "genes_per_batch": 1536, "dropout": 0.2,
+                     "residual": True, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64},
+    "demo": {"epochs": 6, "batch_size": 32, "lr": 2e-3, "genes_per_batch": 1536, "dropout": 0.0,
+             "residual": False, "d_model": 64, "n_layers": 1, "n_heads": 4, "d_hid": 64}}
+SETTINGS = tuple(DEFAULTS["pretrained"])
+SIZES = {  # their names in scGPT's args.json
     "d_model": "embsize", "n_layers": "nlayers", "n_heads": "nheads", "d_hid": "d_hid"}
 ALIGN = {  # --align: what it changes in the model's Config
     "layernorm": {}, "dropout0": {}, "projection": {}, "linear": {"layer_norm": False},
     "normalized": {"layer_norm": False, "normalize_language": True},
     "batchnorm": {"layer_norm": False, "batch_norm": True},
-    "weights": {"modality_weights": True}, "two-encoders": {"two_encoders": True}}
+    "weights": {"modality_weights": True}, "two-encoders": {"two_encoders": True},
+    "target-by-text": {"target_by_text": True}}
+CPU_MEMORY = 4e9  # bytes for the cells that go through the model at once
 PATIENCE = 10  # epochs without a lower validation error before a run stops
 LOG_COLUMNS = ("epoch", "train_mse", "val_mse", "lr", "seconds", "cells_per_second")
 
@@ -168,12 +179,14 @@ def choose(option, wanted, available, preferred, variant):
 
 
 def language_tables(data, files, seed, shuffled):
-    """The language vectors that training starts from: the dataset's distinct token_ids (R,) and
-    {source: (R, width) float32}.
+    """The language vectors that training starts from: the dataset's distinct token_ids (R,),
+    {source: (R, width) float32}, and whether a gene has a text in a source (R,).
 
     A gene without a text, or outside the vocabulary, gets a vector drawn from U(-0.1, 0.1). `shuffled`
-    permutes the vectors among the genes that have a text. """
+    permutes the vectors among the genes that have a text.
+    """
     token_ids, gene_idx = np.unique(data.token_ids, return_index=True)
+    has_text = np.zeros(len(token_ids), dtype=bool)
     tables = {}
     for i, (source, path) in enumerate(files.items()):
         rng = random_stream("language", seed, i)
@@ -191,10 +204,11 @@ def language_tables(data, files, seed, shuffled):
         table = rng.uniform(-0.1, 0.1, (len(token_ids), vectors.shape[1])).astype(np.float32)
         table[language_rows] = vectors[file_rows]
         tables[source] = table
+        has_text[language_rows] = True
         note = " (SHUFFLED among genes)" if shuffled else ""
         print(f"  {source}: {len(language_rows):,} of {len(data.genes):,} genes have a text, vectors of "
               f"{vectors.shape[1]} numbers from {path.name}{note}")
-    return token_ids, tables
+    return token_ids, tables, has_text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -204,17 +218,17 @@ def build_model(plan, data, seed):
     """The model of a plan (see plan_run) with the weights that training starts from."""
     variant, settings = plan.variant, plan.settings
     torch.manual_seed(seed)
-    token_ids, tables = [], {}
+    token_ids, tables, has_text = np.zeros(0), {}, None
     if plan.vectors:
-        token_ids, tables = language_tables(data, plan.vectors, seed, variant.shuffled)
+        token_ids, tables, has_text = language_tables(data, plan.vectors, seed, variant.shuffled)
     net = model.ScGenePT(model.Config(
         n_tokens=data.n_tokens, pad_id=data.pad_id, **plan.sizes,
         dropout=settings["dropout"], attention_dropout=settings["attention_dropout"],
         has_tokens=variant.has_tokens, has_counts=variant.has_counts,
         languages={source: table.shape[1] for source, table in tables.items()},
-        n_language_rows=len(token_ids), **ALIGN[settings["align"]]))
+        n_language_rows=len(token_ids), residual=settings["residual"], **ALIGN[settings["align"]]))
     if tables:
-        net.set_language(token_ids, tables)
+        net.set_language(token_ids, tables, token_ids[has_text])
     if plan.pretrained and variant.pretrained:
         take_pretrained(net, plan.pretrained)
         if settings["align"] == "projection":
@@ -249,7 +263,7 @@ def fit_projection(net, token_ids, tables):
 def find_pretrained(args, data, dataset_path):
     """scGPT's best_model.pt (None when training from scratch) and the sizes of the model."""
     if args.no_pretrained or args.dataset == "demo":
-        return None, {name: getattr(args, name) or value for name, value in SCRATCH_SIZES.items()}
+        return None, {name: getattr(args, name) for name in SIZES}
     if data.vocab == "own genes":
         sys.exit(f"error: {dataset_path} has a vocabulary of its own, which fits no pretrained model: "
                  "add --no-pretrained")
@@ -266,19 +280,19 @@ def find_pretrained(args, data, dataset_path):
                  f"run: {prepare_it}")
     saved = shared.read_json(folder / "args.json", object)
     try:
-        return folder / "best_model.pt", {name: int(saved[key]) for name, key in SCGPT_SIZES.items()}
+        return folder / "best_model.pt", {name: int(saved[key]) for name, key in SIZES.items()}
     except (KeyError, TypeError, ValueError):
-        sys.exit(f"error: {folder / 'args.json'}: not scGPT's settings ({', '.join(SCGPT_SIZES.values())})")
+        sys.exit(f"error: {folder / 'args.json'}: not scGPT's settings ({', '.join(SIZES.values())})")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Device and processes
 
 def choose_device(name):
-    """The torch device of --device; `auto` is CUDA where there is one, else the CPU. Under torchrun each
-    process gets a GPU of its own."""
+    """The torch device of --device; `auto` is CUDA or Apple's GPU (mps) where there is one, else the CPU.
+    Under torchrun each process gets a GPU of its own."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -317,8 +331,6 @@ def set_up_machine(args):
         machine.rank, machine.n_processes = dist.get_rank(), dist.get_world_size()
     if args.batch_size % machine.n_processes:
         sys.exit(f"error: --batch-size {args.batch_size} is no multiple of {machine.n_processes} processes")
-    if args.align == "batchnorm" and machine.n_processes > 1:
-        sys.exit("error: --align batchnorm takes one process: several would normalize by their own cells")
     if machine.rank:
         sys.stdout = open(os.devnull, "w")
     return machine
@@ -472,6 +484,7 @@ def make_job(data, settings, seed, machine):
     return SimpleNamespace(
         data=data, settings=settings, seed=seed, machine=machine,
         train_cells=train_cells, val_cells=val_cells, n_steps=n_steps,
+        cells_at_once=settings["cells_at_once"],
         input_cell=pair_cells(data, seed), expression=expression_reader(data.X, machine.device),
         token_ids=torch.from_numpy(data.token_ids.astype(np.int64)).to(machine.device),
         measured=torch.from_numpy(data.measured).to(machine.device))
@@ -486,28 +499,63 @@ def train_epoch(net, state, job, epoch):
                     settings["targets_in_batch"])
     progress = tqdm(steps, f"  epoch {epoch}", job.n_steps, unit_scale=settings["batch_size"], unit=" cells",
                     leave=False, disable=True if machine.rank else None)
-    total = torch.zeros((), device=machine.device)
+    total, n_taken = torch.zeros((), device=machine.device), torch.zeros((), device=machine.device)
     net.train()
     for step, (cells, genes) in enumerate(progress, 1):
         # Dropout does not depend on how the run came here
         torch.manual_seed(int(random_stream("dropout", job.seed, epoch, step, machine.rank).integers(2**63)))
-        squared, n = squared_error(net, job, cells, genes)
-        loss = squared / n
-        state.scaler.scale(loss).backward()
+        loss = add_gradients(net, state, job, cells, genes)
         state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
 
-        total += loss.detach()
+        if state.scaler.is_enabled():  # float16: a step that overflowed was left out
+            is_taken = norm.isfinite()
+            loss, n_taken = torch.where(is_taken, loss, 0), n_taken + is_taken
+        else:
+            n_taken += 1
+        total += loss
         if machine.device.type == "cpu" or step % 50 == 0 or step == job.n_steps:  # reading makes a GPU wait
-            mse = total.item() / step
+            mse = (total / n_taken.clamp(min=1)).item()
             if not math.isfinite(mse):
                 sys.exit(f"error: the training error is {mse} in epoch {epoch}, batch {step}; "
                          f"lower --lr {settings['lr']:g}")
             progress.set_postfix(mse=f"{mse:.4g}")
-    return sum_over_processes([total / job.n_steps / machine.n_processes], machine)[0]
+    total, n_taken = sum_over_processes([total, n_taken], machine)
+    return total / max(n_taken, 1)
+
+
+def add_gradients(net, state, job, cells, genes):
+    """Add up the gradients of a batch's mean squared error, a part of its cells at a time: what one piece
+    would give, in less memory. Returns this process's error, without gradient."""
+    parts = parts_of(cells, job)
+    n = sum(map(len, parts)) * int(job.data.measured[genes].sum())
+    total = torch.zeros((), device=job.machine.device)
+    try:
+        for part in parts:
+            is_last = part is parts[-1]  # with several processes, it also exchanges the gradients
+            with contextlib.nullcontext() if is_last or job.machine.n_processes == 1 else net.no_sync():
+                loss = squared_error(net, job, part, genes) / n
+                state.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+    except torch.OutOfMemoryError:
+        if job.cells_at_once == 1 or job.machine.n_processes > 1:
+            raise
+    job.cells_at_once = math.ceil(job.cells_at_once / 2)
+    print(f"  out of memory: goes on with {job.cells_at_once} cells at once")
+    net.zero_grad()
+    torch.cuda.empty_cache()
+    return add_gradients(net, state, job, cells, genes)
+
+
+def parts_of(cells, job):
+    """This process's share of a batch, as a list of parts that fit into the memory together with their
+    gradients."""
+    cells = cells[job.machine.rank::job.machine.n_processes]
+    return np.array_split(cells, math.ceil(len(cells) / job.cells_at_once)) if len(cells) else []
 
 
 @torch.no_grad()
@@ -517,25 +565,46 @@ def validate(net, job):
     net.eval()
     settings, rng = job.settings, random_stream("validation", job.seed)
     steps = batches(job.data, job.val_cells, settings["batch_size"], settings["genes_per_batch"], rng)
-    errors = [squared_error(net, job, cells, genes) for cells, genes in steps]
-    squared, n = sum_over_processes([sum(column) for column in zip(*errors)], job.machine)
+    squared, n = torch.zeros((), device=job.machine.device), 0
+    for cells, genes in steps:
+        for part in parts_of(cells, job):
+            squared += squared_error(net, job, part, genes)
+            n += len(part) * int(job.data.measured[genes].sum())
+    squared, n = sum_over_processes([squared, torch.tensor(n, device=squared.device)], job.machine)
     return squared / n
 
 
 def squared_error(net, job, cells, genes):
-    """Squared error summed over this process's share of a batch, cells x measured genes, and the number of
-    those entries."""
+    """Squared error summed over cells x measured genes."""
     device = job.machine.device
-    cells = cells[job.machine.rank::job.machine.n_processes]
-    if not len(cells):  # the last validation batch may not have a cell for every process
-        return torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
     flags = on_device(perturbed_flags(job.data, cells, genes), device)  # (B, L)
     gene_idx = on_device(genes, device)
     with job.machine.autocast():
         predicted = net(job.token_ids[gene_idx], job.expression(job.input_cell[cells], genes), flags)
     measured = job.measured[gene_idx]
-    squared = (predicted.float() - job.expression(cells, genes)) ** 2 * measured
-    return squared.sum(), measured.sum() * len(cells)
+    return ((predicted.float() - job.expression(cells, genes)) ** 2 * measured).sum()
+
+
+def cells_at_once(net, n_genes, settings, machine):
+    """How many cells of a batch go through the model at once, with what their gradients need: the option's
+    number, or as many as fit into the free memory of a GPU, and else into CPU_MEMORY."""
+    n_cells = settings["batch_size"] // machine.n_processes
+    if settings["align"] == "batchnorm":
+        return n_cells
+    if settings["cells_at_once"]:
+        return min(settings["cells_at_once"], n_cells)
+
+    # The numbers that a cell's gradients need, counted in the model's forward pass
+    config = net.config
+    n_layers = config.n_layers * (2 if config.two_encoders else 1)
+    numbers = n_genes * (n_layers * (12 * config.d_model + 2 * config.d_hid) + 12 * config.d_model)
+    memory = CPU_MEMORY
+    if machine.device.type == "cuda":
+        for_weights = 16 * sum(p.numel() for p in net.parameters())  # and gradients, and Adam's moments
+        memory = 0.8 * torch.cuda.mem_get_info(machine.device)[0] - for_weights
+    elif config.attention_dropout:  # no fused attention: every gene's weight for every gene is kept
+        numbers += 3 * n_layers * config.n_heads * n_genes ** 2
+    return min(max(1, int(memory // (4 * numbers))), n_cells)
 
 
 def new_state(net, settings, machine):
@@ -588,8 +657,8 @@ def save_derived(state, run):
 
 def identity(config):
     """The part of a run's config that decides what is trained, as shared.difference compares it."""
-    names = [name for name in DEFAULTS if name != "epochs"]
-    names += ["attention_dropout", "targets_in_batch", "align", "pretrained", *SCRATCH_SIZES]
+    names = [name for name in SETTINGS if name != "epochs"]
+    names += ["attention_dropout", "targets_in_batch", "align", "pretrained", *SIZES]
     return {"options": {name: config.get(name) for name in names}, "inputs": config.get("inputs", {})}
 
 
@@ -610,7 +679,9 @@ def train_run(run, config, plan, data, args, machine):
     net = build_model(plan, data, config["seed"])
     config["n_parameters"] = sum(p.numel() for p in net.parameters())
     n_genes = min(config["genes_per_batch"], len(data.genes))
-    print(f"  {config['n_parameters']:,} parameters, {n_genes:,} genes a batch")
+    config["cells_at_once"] = cells_at_once(net, n_genes, plan.settings, machine)
+    print(f"  {config['n_parameters']:,} parameters, {n_genes:,} genes a batch, {config['cells_at_once']} of "
+          f"its {config['batch_size']} cells at once")
     if args.compile:
         torch.compiler.reset()  # else the fourth kind of model in one command would not be compiled
         net.compile()
@@ -624,7 +695,8 @@ def train_run(run, config, plan, data, args, machine):
         write_config(folder, config, finished=False)
     wait_for_all(machine)
 
-    state = train(folder, net, data, plan.settings, config["seed"], machine)
+    settings = plan.settings | {"cells_at_once": config["cells_at_once"]}
+    state = train(folder, net, data, settings, config["seed"], machine)
     print(f"  best epoch {state.best_epoch}, validation MSE {state.best_val:.5f}")
     if machine.rank == 0:
         config |= {"epochs": max(config["epochs"], len(state.log)), "stopped_early": has_stopped(state),
@@ -728,12 +800,14 @@ def parse_arguments():
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
 
     def add(name, **options):
-        if default := DEFAULTS.get(name.strip("-").replace("-", "_")):
-            demo_default = DEMO_DEFAULTS[name.strip("-").replace("-", "_")]
-            options["help"] += f" (default: {default:g}, the demo's: {demo_default:g})"
+        key = name.strip("-").replace("-", "_")
+        if key in DEFAULTS["from scratch"]:
+            values = [f"{kind} {of_kind[key]:g}" for kind, of_kind in DEFAULTS.items() if key in of_kind]
+            options["help"] += f" (default: {', '.join(values)})"
         parser.add_argument(name, **options)
 
-    add("--variant", nargs="+", default=VARIANTS, metavar="NAME", help=f"(default: {' '.join(VARIANTS)})")
+    add("--variant", nargs="+", metavar="NAME",
+        help=f"NAME or NAME,align=WAY (default: {' '.join(VARIANTS)}; demo: also {DEMO_VARIANTS[-1]})")
     add("--seed", nargs="+", type=shared.seed, default=[42], metavar="N",
         help="(default: 42; the paper's: 42 23 89 30 12)")
     add("--name", metavar="NAME", help="keeps runs with other settings apart: part of the folder's name")
@@ -742,20 +816,26 @@ def parse_arguments():
     add("--mode", choices=("concat", "avg"), help="likewise (default: the only ones, else concat)")
     add("--epochs", type=int, metavar="N", help="at most")
     add("--batch-size", type=int, metavar="N", help="cells a batch")
+    add("--cells-at-once", type=int, metavar="N", help="a batch goes through the model in parts of so many "
+        "cells: less memory, the same training (default: as many as the free memory allows)")
     add("--lr", type=float, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
     add("--genes-per-batch", type=int, metavar="N", help="genes drawn for a batch")
     add("--targets-in-batch", action="store_true",
         help="the genes drawn for a batch contain its cells' targets (in the paper they need not)")
     add("--align", choices=ALIGN, default="layernorm", metavar="WAY",
         help=f"{', '.join(ALIGN)} (default: layernorm)")
+    add("--residual", action=argparse.BooleanOptionalAction,
+        help="the model predicts the change from the input expression")
     add("--dropout", type=float, metavar="X", help="share of values set to zero")
     add("--attention-dropout", type=float, metavar="X",
         help="of attention probabilities (default: as --dropout; 0 on a CPU, whose fast attention has none)")
     add("--pretrained", type=Path, metavar="DIR",
         help="folder with scGPT's best_model.pt, args.json, vocab.json (default: data/human/scgpt/, fetched)")
     add("--no-pretrained", action="store_true", help="start from random weights, with these sizes:")
-    for name, value in SCRATCH_SIZES.items():
-        add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"(default: {value})")
+    add("--d-model", type=int, metavar="N", help="width of the model")
+    add("--n-layers", type=int, metavar="N", help="layers of the transformer")
+    add("--n-heads", type=int, metavar="N", help="attention heads of a layer")
+    add("--d-hid", type=int, metavar="N", help="width inside the feed-forward blocks")
     add("--compile", action="store_true", help="compile the model: minutes at first, for long runs on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args()
@@ -766,10 +846,17 @@ def parse_arguments():
 def check_arguments(args):
     """Fill in the defaults of the dataset. Ends the run for values that cannot be."""
     is_demo = shared.space_of(args.dataset) == "demo"
-    for name, value in (DEMO_DEFAULTS if is_demo else DEFAULTS).items():
-        if getattr(args, name) is None:
+    kind = "demo" if is_demo else "from scratch" if args.no_pretrained else "pretrained"
+    for name in SIZES if kind == "pretrained" else ():
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            sys.exit(f"error: --{option}: the pretrained model has its size; or add --no-pretrained")
+    args.kind = kind
+    for name, value in DEFAULTS[kind].items():
+        if getattr(args, name) is None and name != "residual":  # see plan_run
             setattr(args, name, value)
-    for name in ("epochs", "batch_size", "lr", "genes_per_batch", *SCRATCH_SIZES):
+    args.variant = args.variant or (DEMO_VARIANTS if is_demo else VARIANTS)
+    for name in ("epochs", "batch_size", "lr", "genes_per_batch", "cells_at_once", *SIZES):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
     for name in ("dropout", "attention_dropout"):
@@ -781,31 +868,42 @@ def check_arguments(args):
         sys.exit("error: --pretrained: the demo's genes are invented; it trains from scratch")
     if args.pretrained and args.no_pretrained:
         sys.exit("error: --pretrained or --no-pretrained, not both")
-    sizes = [name for name in SCRATCH_SIZES if getattr(args, name) is not None]
-    if sizes and not (args.no_pretrained or is_demo):
-        option = sizes[0].replace("_", "-")
-        sys.exit(f"error: --{option}: the pretrained model has its size; or add --no-pretrained")
-    d_model, n_heads = (getattr(args, name) or SCRATCH_SIZES[name] for name in ("d_model", "n_heads"))
-    if d_model % n_heads:
-        sys.exit(f"error: --d-model {d_model} is not a multiple of --n-heads {n_heads}")
+    if kind != "pretrained" and args.d_model % args.n_heads:
+        sys.exit(f"error: --d-model {args.d_model} is not a multiple of --n-heads {args.n_heads}")
 
 
 def plan_run(name, embeddings, pretrained, sizes, args, machine):
-    """What --variant NAME stands for, as a namespace: variant, name (of the run), vectors {source: file},
+    """What --variant NAME, or NAME,align=WAY, stands for, as a namespace: variant, name (of the run), vectors {source: file},
     settings, pretrained (file or None), sizes."""
-    variant = parse_variant(name, {*shared.SOURCES, *embeddings})
+    variant_name, _, align = name.partition(",align=")
+    align = align or args.align
+    variant = parse_variant(variant_name, {*shared.SOURCES, *embeddings})
     vectors, labels = choose_embeddings(variant, embeddings, args)
-    settings = {key: getattr(args, key) for key in (*DEFAULTS, "attention_dropout", "targets_in_batch")}
+    settings = {key: getattr(args, key) for key in (*SETTINGS, "attention_dropout", "targets_in_batch",
+                                                   "cells_at_once")}
     if settings["attention_dropout"] is None:
         settings["attention_dropout"] = 0.0 if machine.device.type == "cpu" else settings["dropout"]
-    settings["align"] = args.align if variant.sources else "layernorm"
+    settings["align"] = align if variant.sources else "layernorm"
+    default_residual = DEFAULTS[args.kind]["residual"] and variant.has_counts
+    settings["residual"] = default_residual if args.residual is None else args.residual
     if settings["align"] == "dropout0":
         settings |= {"dropout": 0.0, "attention_dropout": 0.0}
+    if align not in ALIGN:
+        sys.exit(f"error: variant {name!r}: --align is one of {', '.join(ALIGN)}")
+    if settings["align"] == "batchnorm" and (machine.n_processes > 1 or args.cells_at_once):
+        sys.exit(f"error: {variant.name}: --align batchnorm takes a batch in one piece: it normalizes by all "
+                 "of its cells")
+    if settings["align"] == "target-by-text" and not variant.has_tokens:
+        sys.exit(f"error: {variant.name}: --align target-by-text needs a variant with tokens")
+    if settings["residual"] and not variant.has_counts:
+        sys.exit(f"error: {variant.name}: --residual needs a variant with counts")
     if settings["align"] == "projection" and not (pretrained and variant.pretrained and variant.has_tokens):
         sys.exit(f"error: {variant.name}: --align projection needs pretrained token vectors")
 
     if settings["align"] != "layernorm":
-        labels = [*labels, f"align={args.align}"]
+        labels = [*labels, f"align={align}"]
+    if settings["residual"] != default_residual:
+        labels = [*labels, "residual" if args.residual else "no-residual"]
     if args.targets_in_batch:
         labels = [*labels, "targets-in-batch"]
     if args.name:

@@ -3,7 +3,7 @@
 This file stands alone: copy it anywhere, it imports torch and numpy only.
 
     import numpy as np, model
-    net = model.load("model.pt")                # the authors' files: model.load_released("best_model_seed_42.pt")
+    net = model.load("model.pt")                # the authors' own files: model.load_released("file.pt")
     predicted = model.predict(net, gene_ids, control, perturbed_idx=[7])
 
 `gene_ids` (G,) are rows of the scGPT vocabulary (vocab.json; `<pad>` for genes that it does not have),
@@ -15,6 +15,9 @@ For a cell with genes g_1..g_L, expression c_1..c_L and flags p_1..p_L (1 = pert
 
     x_j = LN(E_tok[g_j]) + V(c_j) + E_pert[p_j] + sum over language sources s of LN(W_s E_s[g_j] + b_s)
     h   = TransformerEncoder(LN(x));   prediction_j = D(h_j)
+
+This kit's own additions: with `target_by_text`, E_tok is left out of x_j where g_j is perturbed and has a
+text; with `residual`, prediction_j = c_j + D(h_j).
 
 ONNX (needs onnxscript), for any number of cells and genes, the arguments being an example of those of
 `forward`:
@@ -58,6 +61,9 @@ class Config:
     normalize_language: bool = False # language vectors scaled to length 1 before their projection
     modality_weights: bool = False   # a learned factor for each term of the sum
     two_encoders: bool = False       # language goes through a transformer of its own
+    # This kit's own
+    target_by_text: bool = False     # a perturbed gene that has a text enters without its token
+    residual: bool = False           # the decoder predicts the change of expression
 
 
 class GeneEncoder(nn.Module):
@@ -181,6 +187,8 @@ class ScGenePT(nn.Module):
             {source: LanguageEncoder(config, width) for source, width in config.languages.items()})
         if config.languages:  # vocabulary row -> row of the language tables, -1 = none
             self.register_buffer("language_rows", torch.full((config.n_tokens,), -1))
+        if config.target_by_text:  # vocabulary row -> whether the gene has a text
+            self.register_buffer("has_text", torch.zeros(config.n_tokens, dtype=torch.bool))
         self.ln = nn.LayerNorm(config.d_model) if config.layer_norm else nn.Identity()
         self.bn = nn.BatchNorm1d(config.d_model) if config.batch_norm else None
         n_parts = 3 + len(config.languages)
@@ -189,11 +197,14 @@ class ScGenePT(nn.Module):
         self.language_transformer = Encoder(config) if config.two_encoders else None
         self.decoder = Decoder(config)
 
-    def set_language(self, token_ids, vectors):
+    def set_language(self, token_ids, vectors, with_text=None):
         """Give the genes `token_ids` (R,), unique vocabulary rows, the starting `vectors`: {source: (R,
-        width)}."""
+        width)}. with_text: those of token_ids that have a text in a source (default: all)."""
         self.language_rows.fill_(-1)
         self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = torch.arange(len(token_ids))
+        if self.config.target_by_text:
+            with_text = token_ids if with_text is None else with_text
+            self.has_text[torch.as_tensor(with_text, dtype=torch.long)] = True
         with torch.no_grad():
             for source, encoder in self.language_encoders.items():
                 encoder.embedding.weight.copy_(torch.as_tensor(vectors[source]))
@@ -204,6 +215,8 @@ class ScGenePT(nn.Module):
         n_before, n_after = self.config.n_language_rows, self.config.n_language_rows + len(token_ids)
         new_rows = torch.arange(n_before, n_after, device=self.language_rows.device)
         self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = new_rows
+        if self.config.target_by_text:
+            self.has_text[torch.as_tensor(token_ids, dtype=torch.long)] = True
         self.config.n_language_rows = n_after
         for source, encoder in self.language_encoders.items():
             old = encoder.embedding.weight.detach()
@@ -213,9 +226,10 @@ class ScGenePT(nn.Module):
     def forward(self, gene_ids, expression, perturbed):
         """Predicted expression after the perturbation.
 
-        gene_ids (L,) int64: vocabulary rows of the genes, the same for all cells of the batch expression (B,
-        L): log-normalized expression before; perturbed (B, L): 1 or True where the gene is perturbed returns
-        (B, L), in the units of `expression`
+        gene_ids (L,) int64: vocabulary rows of the genes, the same for all cells of the batch
+        expression (B, L): log-normalized expression before the perturbation
+        perturbed (B, L): 1 or True where the gene is perturbed
+        returns (B, L), in the units of `expression`
         """
         # What depends on the gene alone is computed once per batch: (L, d). Absent parts are 0.
         tokens = self.encoder(gene_ids) if self.encoder is not None else 0
@@ -226,7 +240,11 @@ class ScGenePT(nn.Module):
         # What depends on the cell: (B, L, d)
         counts = self.value_encoder(expression) if self.value_encoder is not None else 0
         no_vector, yes_vector = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
-        perturbation = torch.where(perturbed.bool().unsqueeze(-1), yes_vector, no_vector)
+        perturbed = perturbed.bool()
+        perturbation = torch.where(perturbed.unsqueeze(-1), yes_vector, no_vector)
+        if self.config.target_by_text:
+            is_withheld = perturbed & self.has_text[gene_ids]
+            tokens = tokens * ~is_withheld.unsqueeze(-1)  # (B, L, d)
 
         if self.modality_weights is not None:
             parts = [perturbation, counts, tokens, *language]
@@ -237,7 +255,7 @@ class ScGenePT(nn.Module):
         else:
             h = self.transformer_encoder(self.normalized(perturbation + counts + tokens))
             h = h + self.language_transformer(self.normalized(perturbation + sum(language)))
-        return self.decoder(h)
+        return expression + self.decoder(h) if self.config.residual else self.decoder(h)
 
     def normalized(self, x):  # (B, L, d) -> (B, L, d)
         if self.bn is not None:
@@ -251,7 +269,7 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
 
     gene_ids (G,): vocabulary rows; control (N, G): log-normalized expression; perturbed_idx: positions
     (0..G-1) of the perturbed genes; batch_size: cells at a time, by default about 5,000 values on a CPU,
-    whose memory is slow, and 80,000 on a GPU. Returns (N, G) float32 (numpy). Memory grows with batch_size,
+    whose memory is slow, and on a GPU 80,000, or what fits into half of its free memory. Returns (N, G) float32 (numpy). Memory grows with batch_size,
     not with N. Leaves the model in its mode. Raises ValueError for shapes that disagree, positions outside
     the genes, and genes that the model has no row for.
     """
@@ -262,6 +280,8 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
     _check_inputs(model, gene_ids, control, perturbed_idx)
 
     n_values = 5_000 if device.type == "cpu" else 80_000
+    if device.type == "cuda":  # a layer holds 16 vectors of a gene, at most
+        n_values = min(n_values, torch.cuda.mem_get_info(device)[0] // (2 * 16 * 4 * model.config.d_model))
     batch_size = batch_size or max(1, n_values // max(1, len(gene_ids)))
     perturbed = torch.zeros(1, len(gene_ids), dtype=torch.bool)
     perturbed[0, perturbed_idx] = True
@@ -399,8 +419,8 @@ def _read(path):
     except OSError:
         raise
     except Exception:  # torch raises many kinds for a broken file, and advises to run what is in it
-        raise ValueError(f"{path}: expected weights as torch.save writes them (a dict of names and tensors), not "
-                         "another kind of file or a damaged one") from None
+        raise ValueError(f"{path}: expected weights as torch.save writes them (a dict of names and tensors), "
+                         "not another kind of file or a damaged one") from None
     if not isinstance(file, dict) or not all(isinstance(key, str) for key in file):
         raise ValueError(f"{path}: holds a {type(file).__name__}, expected a dict of names and tensors")
     return file
