@@ -56,15 +56,20 @@ PUBLISHED = {  # (source, mode): a pickle of the bucket, or a member of GenePT's
 }
 
 OPENAI_URL = "https://api.openai.com/v1"
-MAX_INPUTS, MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 2048, 300_000, 8_191  # the API's limits
+MAX_INPUTS, MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 2048, 300_000, 8_191  # OpenAI's limits
+WINDOWS = {  # the longest text of other models, in tokens; the name without owner and :tag
+    "all-MiniLM-L6-v2": 256, "all-mpnet-base-v2": 384, "bge-small-en-v1.5": 512, "bge-base-en-v1.5": 512,
+    "bge-large-en-v1.5": 512, "mxbai-embed-large": 512, "mxbai-embed-large-v1": 512}
 BYTES_PER_TOKEN = 4  # of English, for estimates
-LEAST_BYTES_PER_TOKEN = 3  # the limits are kept with this, which leaves a margin
+LEAST_BYTES_PER_TOKEN = 3  # symbols take more tokens than English; limits are kept with this
+TOO_LARGE = 400, 413, 422  # how servers refuse a request with too many texts, or with too long a text
+HOPELESS = b"too large", b"too long", b"insufficient_quota"  # in a 429 or 500: trying again cannot help
 PRICES = {  # dollars per million tokens
     "text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
 PRICES_NOTED = "May 2026"
 
 LSA_DIM = 256  # most dimensions of an lsa vector
-MAX_POINTS = 20_000  # of a figure
+MAX_POINTS, LEAST_POINTS = 20_000, 10  # of a figure; of one by UMAP
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -88,14 +93,23 @@ def read_texts(path, source, mode, made_by):
         return genes, group["terms"].asstr()[:], group["term_offsets"][:]
 
 
-def cut_texts(genes, texts, offsets, max_bytes):
-    """Cut each text to `max_bytes` of UTF-8, in place, with a line that names its gene."""
+def cut_texts(texts, gene_of, max_tokens):
+    """Cut long texts, in place. gene_of: {text: gene}, which gets the cut texts, too.
+
+    A token is taken as LEAST_BYTES_PER_TOKEN bytes of UTF-8: models split words differently, and the kit has
+    no tokenizer. Most texts that are cut would have had room for a few more words.
+    """
+    max_bytes = max_tokens * LEAST_BYTES_PER_TOKEN
+    genes = []
     for i, text in enumerate(texts):
         encoded = text.encode()
         if len(encoded) > max_bytes:
-            gene = genes[np.searchsorted(offsets, i, "right") - 1]
-            print(f"{gene}: text of {len(text):,} characters cut to {max_bytes:,} bytes")
             texts[i] = encoded[:max_bytes].decode(errors="ignore")
+            gene_of[texts[i]] = gene_of[text]
+            genes.append(gene_of[text])
+    if genes:
+        print(f"--max-tokens {max_tokens}: {len(genes):,} of {len(texts):,} texts cut to {max_bytes:,} "
+              f"bytes: {shared.shown(genes)}")
 
 
 def distinct_texts(texts, offsets):
@@ -268,8 +282,11 @@ def key_of(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def server_vectors(texts, args, cache):
-    """Vectors (T, d) float32 of T distinct texts; in a dry run only what they would cost is printed."""
+def server_vectors(texts, gene_of, args, cache):
+    """Vectors (T, d) float32 of T distinct texts; in a dry run only what they would cost is printed.
+
+    gene_of: {text: gene}, for messages.
+    """
     wanted, vector_of = {key_of(text) for text in texts}, {}
     for path in sorted(cache.glob("*.npz")):
         with np.load(path) as batch:
@@ -287,31 +304,32 @@ def server_vectors(texts, args, cache):
     if args.dry_run:
         return None
     if missing:
-        send(missing, args, cache, vector_of)
+        send(missing, gene_of, args, cache, vector_of)
     return np.stack([vector_of[key_of(text)] for text in texts])
 
 
-def send(texts, args, cache, vector_of):
+def send(texts, gene_of, args, cache, vector_of):
     """Embed texts, batch after batch, into the cache and into vector_of {key: vector (d)}.
 
-    Ends the run in one line on what the server refuses; a busy server or a broken connection is tried again.
+    A busy server or a broken connection is tried again, a batch that is too large is halved. Ends the run in
+    one line on anything else that the server refuses.
     """
     import openai  # here, since it takes a second and most runs do without
-    url, api_key = args.base_url, os.environ.get("OPENAI_API_KEY", "").strip()
-    if not api_key and url == OPENAI_URL:
-        sys.exit("error: set the environment variable OPENAI_API_KEY, or name another server with --base-url")
-    if not re.fullmatch(r"[!-~]*", api_key):  # the HTTP library would quote it in an error
-        sys.exit("error: OPENAI_API_KEY holds blanks or letters that no key has")
-    client = openai.OpenAI(api_key=api_key or "none", base_url=url, max_retries=8, timeout=600)  # seconds
-
+    client, url = connect(args), args.base_url
+    batch_size, n_done = args.batch_size, 0
     progress = tqdm(total=len(texts), unit=" texts", disable=None)
-    for batch in batches(texts, args.batch_size):
+    while n_done < len(texts):
+        batch = first_batch(texts[n_done:], batch_size)
         try:
             vectors = ask(client, args.model, batch)
         except openai.OpenAIError as error:
-            sys.exit(f"error: {url} {why_refused(error, args.model, api_key)}")
+            if is_too_large(error) and len(batch) > 1:
+                batch_size = len(batch) // 2
+                continue
+            sys.exit(f"error: {url} {why_refused(error, args, client.api_key, gene_of[batch[0]])}")
         except (AttributeError, TypeError, ValueError) as error:
-            sys.exit(f"error: {url}: no answer of the embeddings API ({without_key(error, api_key)})")
+            words = without_key(error, client.api_key)
+            sys.exit(f"error: {url}: no answer of the embeddings API ({words})")
         dim, dim_before = vectors.shape[1], len(next(iter(vector_of.values()), vectors[0]))
         if dim != dim_before:
             sys.exit(f"error: {url}: vectors of {dim} numbers, before it was {dim_before}; "
@@ -322,21 +340,37 @@ def send(texts, args, cache, vector_of):
             with open(partial, "wb") as file:  # given a name, numpy would add .npz to it
                 np.savez(file, keys=np.array([list(key) for key in keys], np.uint8), vectors=vectors)
         vector_of.update(zip(keys, vectors))
+        n_done += len(batch)
         progress.update(len(batch))
     progress.close()
+    if batch_size < args.batch_size:
+        print(f"{url} refused larger requests: sent {batch_size} texts at a time (next time: "
+              f"--batch-size {batch_size})")
 
 
-def batches(texts, batch_size):
-    """Yield lists of texts within the API's limits on texts and tokens a request."""
-    batch, n_bytes = [], 0
-    for text in texts:
-        n_more = len(text.encode())
-        if len(batch) == batch_size or n_bytes + n_more > LEAST_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS:
-            yield batch
-            batch, n_bytes = [], 0
-        batch.append(text)
-        n_bytes += n_more
-    yield batch
+def connect(args):
+    """A client of the server, which tries again where that can help; ends the run without a usable key."""
+    import openai
+    api_key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not api_key and args.base_url == OPENAI_URL:
+        sys.exit("error: set the environment variable OPENAI_API_KEY, or name another server with --base-url")
+    if not re.fullmatch(r"[!-~]*", api_key):  # the HTTP library would quote it in an error
+        sys.exit("error: OPENAI_API_KEY holds blanks or letters that no key has")
+
+    def refuse_retry(response):
+        """Set the header by which a server tells the library not to try again."""
+        if response.is_error and any(words in response.read().lower() for words in HOPELESS):
+            response.headers["x-should-retry"] = "false"
+
+    http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_retry]})
+    return openai.OpenAI(api_key=api_key or "none", base_url=args.base_url, max_retries=8,
+                         timeout=600, http_client=http_client)  # seconds
+
+
+def first_batch(texts, batch_size):
+    """The first of the texts: at most `batch_size`, within the API's limit on tokens, and at least one."""
+    n_bytes = np.cumsum([len(text.encode()) for text in texts[:batch_size]])
+    return texts[:max(1, (n_bytes <= LEAST_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS).sum())]
 
 
 def ask(client, model, batch):
@@ -351,19 +385,31 @@ def ask(client, model, batch):
     return vectors
 
 
-def why_refused(error, model, api_key):
-    """What the server did, after its address in a message: one line without the key. error: openai's."""
+def is_too_large(error):
+    """Whether a request may pass in smaller pieces. error: openai's."""
+    is_said = "too large" in str(getattr(error, "body", "")).lower()
+    return is_said or getattr(error, "status_code", None) in TOO_LARGE
+
+
+def why_refused(error, args, api_key, gene):
+    """What the server did, after its address in a message: one line without the key.
+
+    error: openai's, for a batch that began with the text of `gene`.
+    """
     status = getattr(error, "status_code", None)
     if status in (401, 403):  # such answers quote parts of the key
         return f"refuses the key ({status}); check OPENAI_API_KEY"
     if status == 404:
-        return f"knows no model {model!r} (404); check --model, and --base-url, which usually ends in /v1"
+        return (f"knows no model {args.model!r} (404); check --model, and --base-url, which usually ends "
+                "in /v1")
 
     body = getattr(error, "body", None)  # of the server's answer, if there was one
     if isinstance(body, dict):
         body = body.get("message", body)
     words = without_key(body or error.__cause__ or error, api_key)
     cause = f"status {status}: {words}" if status else words
+    if is_too_large(error):
+        return f"refuses the text of {gene} ({cause}); if too long: --max-tokens below {args.max_tokens}"
     return f"did not embed the texts ({cause}); the same command goes on from what is already on disk"
 
 
@@ -396,7 +442,7 @@ def some_vectors(path, most):
 
 def project(vectors):
     """Two coordinates (n, 2) for n vectors, and the axes' names: by UMAP if it can run, else by PCA."""
-    if len(vectors) >= 10:
+    if len(vectors) >= LEAST_POINTS:
         with contextlib.suppress(ImportError):
             import umap  # here, since it need not be installed, and takes seconds
             xy = umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
@@ -447,7 +493,8 @@ def draw(path, title, vectors, labels, legend):
             figure.legend(title=legend, loc="outside right upper", fontsize=8)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     shared.save_figure(figure, path)
-    print(f"{path}: projection")
+    way = f"PCA (UMAP needs umap-learn and {LEAST_POINTS} genes)" if "component" in axis_names[0] else "UMAP"
+    print(f"{path}: projection by {way}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -488,18 +535,21 @@ def embed_texts(args, source, embedder, path):
     made_by = shared.command("01_fetch_annotations.py", args, *words)
     genes, texts, offsets = read_texts(annotations, source, args.mode, made_by)
 
-    server = {"model": args.model, "base_url": args.base_url} if args.embedder == "openai" else {}
+    server = {}
+    if args.embedder == "openai":
+        server = {"model": args.model, "base_url": args.base_url, "max_tokens": args.max_tokens}
     options = {"embedder": embedder, "mode": args.mode, **(server or {"dim": LSA_DIM})}
     made = shared.made_from(options, {f"annotations.h5 {source}": shared.fingerprint(annotations, source)})
     if shared.is_current(path, made, args.force):
         return False
 
+    gene_of = dict(zip(texts, np.repeat(genes, np.diff(offsets))))
     if server:
-        cut_texts(genes, texts, offsets, LEAST_BYTES_PER_TOKEN * MAX_TEXT_TOKENS)
+        cut_texts(texts, gene_of, args.max_tokens)
     texts, average = distinct_texts(texts, offsets)
     if server:
         url_hash = hashlib.sha256(args.base_url.encode()).hexdigest()
-        vectors = server_vectors(texts, args, path.parent / ".cache" / f"{embedder}.{url_hash[:8]}")
+        vectors = server_vectors(texts, gene_of, args, path.parent / ".cache" / f"{embedder}.{url_hash[:8]}")
         if args.dry_run:
             return False
     else:
@@ -529,12 +579,19 @@ def parse_arguments():
                        help=f"the server (default: OPENAI_BASE_URL, or {OPENAI_URL})")
     group.add_argument("--batch-size", type=int, default=512, metavar="N",
                        help=f"most texts a request, up to {MAX_INPUTS}; some servers take few (default: 512)")
+    group.add_argument("--max-tokens", type=int, metavar="N",
+                       help="cut longer texts; a token is taken as 3 bytes (default: the model's "
+                            f"window where known, else {MAX_TEXT_TOKENS})")
     group.add_argument("--dry-run", action="store_true",
                        help="print texts, tokens and cost (estimates); send nothing")
     args = parser.parse_args()
 
     args.base_url = args.base_url.rstrip("/")
     args.embedder = args.embedder or ("lsa" if args.dataset == "demo" else "published")
+    if args.max_tokens is None:
+        args.max_tokens = WINDOWS.get(PurePosixPath(args.model).name.split(":")[0], MAX_TEXT_TOKENS)
+    if args.max_tokens < 1:
+        sys.exit(f"error: --max-tokens {args.max_tokens}: at least 1")
     if not 1 <= args.batch_size <= MAX_INPUTS:
         sys.exit(f"error: --batch-size {args.batch_size}: from 1 to {MAX_INPUTS}")
     if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", args.base_url):

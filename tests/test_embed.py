@@ -251,9 +251,10 @@ def test_umap_draws_where_it_is_installed_and_has_ten_points(monkeypatch, n_gene
     assert xy.shape == (n_genes, 2) and names[0].startswith(way)
 
 
-def test_three_genes_get_a_figure(tmp_path):
+def test_three_genes_get_a_figure_by_pca(tmp_path):
     write_texts(tmp_path, {"A": "iron transport", "B": "iron binding", "C": "zinc binding"})
-    embed("--dataset", "mine", "--source", "own", "--embedder", "lsa", root=tmp_path)
+    out = embed("--dataset", "mine", "--source", "own", "--embedder", "lsa", root=tmp_path)
+    assert "own.lsa.concat.png: projection by PCA (UMAP needs umap-learn and 10 genes)" in out
     assert (tmp_path / "data/human/embeddings/own.lsa.concat.png").exists()
 
 
@@ -492,17 +493,21 @@ def answer(vectors):
 
 
 class Api(Server):
-    """An embeddings server. `misbehave(PATH, {...}, ...)` makes it fail, one request after the other."""
+    """An embeddings server. `misbehave(PATH, {...}, ...)` makes it fail, one request after the other; `refuse`, a
+    function of a request's texts, gives the status and body of a refusal, or None."""
 
     def __init__(self):
         super().__init__(hook=self.embed)
         self.base_url = f"{self.url}v1"
-        self.delay = 0
+        self.delay, self.refuse = 0, lambda texts: None
 
     def embed(self, method, path, headers, body):
         asked = json.loads(body)
         time.sleep(self.delay)
         assert asked["encoding_format"] == "float"
+        refused = self.refuse(asked["input"])
+        if refused:
+            return refused[0], {}, refused[1]
         return 200, {"Content-Type": "application/json"}, answer(map(true_vector, asked["input"])).encode()
 
     def batches(self):
@@ -565,11 +570,58 @@ def test_a_request_keeps_to_the_batch_size(tmp_path, api):
     assert sorted(map(len, api.batches())) == [52, 2048]
 
 
-def test_too_long_a_text_is_cut_and_its_gene_named(tmp_path, api):
-    write_texts(tmp_path, {"TITIN": "long " * 10_000, "FOS": "short"})
-    out = embed("--dataset", "mine", *openai(api, source="own"), root=tmp_path)
-    assert "TITIN: text of" in out and "cut" in out and "FOS:" not in out
-    assert max(map(len, api.sent())) <= 8191 * 4
+LONG = {"FOS": "short", "TITIN": "long " * 10_000, "DMD": "long text " * 200}  # 50,000 and 2,000 bytes
+
+
+@pytest.mark.parametrize("options, n_tokens, cut", [
+    ([], 8191, "1 of 3 texts cut to 24,573 bytes: TITIN"),
+    (["--model", "BAAI/bge-large-en-v1.5"], 512, "2 of 3 texts cut to 1,536 bytes: TITIN, DMD"),
+    (["--model", "mxbai-embed-large:latest"], 512, "2 of 3 texts cut"),
+    (["--max-tokens", 100], 100, "2 of 3 texts cut to 300 bytes"),
+    (["--max-tokens", 20_000], 20_000, None)])
+def test_texts_beyond_the_models_window_or_max_tokens_are_cut(tmp_path, api, options, n_tokens, cut):
+    write_texts(tmp_path, LONG)
+    out = embed("--dataset", "mine", *openai(api, *options, source="own"), root=tmp_path)
+    assert f"--max-tokens {n_tokens}: {cut}" in out if cut else "cut" not in out
+    assert set(api.sent()) == {text.strip()[:3 * n_tokens] for text in LONG.values()}
+
+
+def test_fewer_than_one_token_is_refused(demo):
+    assert "at least 1" in fails("--embedder", "openai", "--max-tokens", 0, root=demo)
+
+
+@pytest.mark.parametrize("status, words", [
+    (413, b"batch size 128 > maximum allowed batch size 40"), (422, b"too many inputs"),
+    (400, json.dumps({"error": {"message": "batch size is invalid, it should not be larger than 40"}}).encode())])
+def test_a_server_that_takes_few_texts_at_once_gets_few_and_batch_size_is_named(demo, api, status, words):
+    api.refuse = lambda texts: (status, words) if len(texts) > 40 else None
+    out = embed(*openai(api), root=demo)
+    n_texts = len(set(column(demo, "ncbi", "text")))
+    assert [len(batch) for batch in api.batches()][:3] == [n_texts, n_texts // 2, n_texts // 4]
+    assert f"--batch-size {n_texts // 4}" in out and len(api.sent()) == n_texts
+    assert embedding(demo, f"ncbi.{ADA}.concat")[1].shape == (128, 16)
+
+
+@pytest.mark.parametrize("status, words", [
+    (400, json.dumps({"error": {"message": "maximum context length is 512 tokens"}}).encode()),
+    (413, b"inputs must have less than 512 tokens"), (422, b'{"detail": "inputs must have less than 512 tokens"}'),
+    (500, b"input is too large to process (512 tokens)")])
+def test_too_long_a_text_is_told_by_its_gene_and_the_option_at_once(tmp_path, api, status, words):
+    write_texts(tmp_path, {f"G{i}": "word " * (i + 1) for i in range(20)} | LONG)
+    api.refuse = lambda texts: (status, words) if max(map(len, texts)) > 1536 else None
+    to_server = "--dataset", "mine", *openai(api, source="own")
+    start = time.perf_counter()
+    error = fails(*to_server, root=tmp_path)
+    assert "refuses the text of DMD" in error or "refuses the text of TITIN" in error
+    assert "512 tokens" in error and "--max-tokens below 8191" in error
+    assert len(api.requests) < 20 and time.perf_counter() - start < 3  # not the half minute of eight tries
+    embed(*to_server, "--max-tokens", 512, root=tmp_path)
+
+
+def test_where_the_money_is_used_up_nothing_is_tried_again(demo, api):
+    api.refuse = lambda texts: (429, b'{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}')
+    assert "You exceeded your quota" in fails(*openai(api), root=demo)
+    assert len(api.requests) == 1
 
 
 def test_a_dry_run_tells_texts_tokens_and_cost_and_sends_nothing(demo, api):
@@ -591,8 +643,8 @@ def test_a_server_that_stumbles_is_asked_again(demo, api):
 WRONG = {  # name: (what comes from the server, what the one-line error says)
     "a wrong key": (refusal(401), "refuses the key (401)"),
     "an unknown model": (refusal(404), f"knows no model '{ADA}' (404)"),
-    "any other refusal": (refusal(400, "input too long for this model"), "input too long for this model"),
-    "a refusal in plain text": ({"status": 413, "body": b"batch size 10 > maximum 4"}, "batch size 10 > maximum 4"),
+    "any other refusal": (refusal(402, "pay first"), "status 402: pay first"),
+    "a refusal in plain text": ({"status": 405, "body": b"not at this address"}, "status 405: not at this address"),
     "too few vectors": ({"body": answer([[1.0, 2.0]] * 9).encode()}, "9 vectors for 10 texts"),
     "numbers that are not finite": ({"body": answer([[1.0, float("nan")]] * 10).encode()}, "not finite"),
     "ragged vectors": ({"body": answer([[1.0]] * 9 + [[1.0, 2.0]]).encode()}, "no answer of the embeddings API"),
@@ -612,7 +664,7 @@ def test_what_the_server_does_wrong_is_one_line_and_finished_batches_are_kept(de
 
 
 def test_after_a_refusal_the_same_command_goes_on_with_what_is_missing(demo, api):
-    api.misbehave(PATH, {}, {}, {}, refusal(400))
+    api.misbehave(PATH, {}, {}, {}, refusal(402))
     fails(*openai(api, "--batch-size", 10), root=demo)
     texts, finished = column(demo, "ncbi", "text"), sum(api.batches()[:3], [])
     embed(*openai(api, "--batch-size", 10), root=demo)
@@ -626,7 +678,7 @@ def test_no_answer_is_said_with_its_cause():
         address = server.url  # nobody listens there any more
     with pytest.raises(library.APIConnectionError) as error:
         library.OpenAI(api_key=KEY, base_url=address, max_retries=0).embeddings.create(model=ADA, input=["x"])
-    assert "refused" in stage02.why_refused(error.value, ADA, KEY)
+    assert "refused" in stage02.why_refused(error.value, SimpleNamespace(model=ADA), KEY, "FOS")
 
 
 def test_a_killed_run_goes_on_without_sending_again_what_was_finished(tmp_path, api):
@@ -656,7 +708,8 @@ def test_the_key_is_sent_and_stands_nowhere(demo, api, monkeypatch):
     sent = [value for request in api.requests for name, value in request.headers.items() if name.lower() == "authorization"]
     assert sent == [f"Bearer {KEY}"]
     for status in (401, 403, 400, 422):
-        api.misbehave(PATH, refusal(status, f"Incorrect key {KEY} or {KEY[:8]}***{KEY[-4:]}: no"))
+        fault = refusal(status, f"Incorrect key {KEY} or {KEY[:8]}***{KEY[-4:]}: no")
+        api.misbehave(PATH, fault, always=True)
         out += fails(*openai(api, source="go_p"), root=demo)
     everything = [out.encode()] + [path.read_bytes() for path in demo.rglob("*") if path.is_file()]
     assert len(everything) > 3
