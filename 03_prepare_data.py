@@ -160,7 +160,7 @@ def find_condition(label, conditions, rules):
 
     conditions: {condition: targets}
     """
-    if label in conditions:
+    if str(label) in conditions:
         return label
     try:
         targets = sorted(parse_condition(str(label), rules))
@@ -599,10 +599,13 @@ def read_column(table, name, path):
     if name not in table:
         sys.exit(f"error: {path}: {table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
     column = table[name]
-    if "categories" in column.attrs:
-        return read_text(table.file[column.attrs["categories"]]), column[:].astype(np.int64)
-    if isinstance(column, h5py.Group) and "codes" in column:
-        return read_text(column["categories"]), column["codes"][:].astype(np.int64)
+    is_old = "categories" in column.attrs
+    if is_old or isinstance(column, h5py.Group) and "codes" in column:
+        categories = read_text(table.file[column.attrs["categories"]] if is_old else column["categories"])
+        codes = (column if is_old else column["codes"])[:].astype(np.int64)
+        if not ((-1 <= codes) & (codes < len(categories))).all():
+            sys.exit(f"error: {path}: {column.name}: codes other than of its {len(categories)} categories")
+        return categories, codes
     if isinstance(column, h5py.Group):
         values, is_missing = read_text(column), column["mask"][:]
     else:
@@ -661,7 +664,7 @@ def read_blocks(X, path, n_cells, n_genes):
     by_cells = matrix is sparse.csr_matrix
     n_rows, n_columns = (n_cells, n_genes) if by_cells else (n_genes, n_cells)
     indptr = X["indptr"][:].astype(np.int64)
-    if len(indptr) != n_rows + 1:
+    if len(indptr) != n_rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
         sys.exit(f"error: {path}: {X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
 
     bounds = [0]  # first row of each block

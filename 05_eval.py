@@ -716,7 +716,9 @@ def print_table(outcome, names, test, synthetic):
         rows = [["(conditions)", *(groups[group] for group in shown_groups)]]
         for name in names:
             values = [value_of(outcome.summary, name, group, MAIN_METRIC) for group in shown_groups]
-            rows.append([name, *(number(*value[:n_values]) for value in values)])
+            variant, *labels = name.split(",")  # labels on lines of their own: names can be long
+            rows.append([variant, *(number(*value[:n_values]) for value in values)])
+            rows += [[f"  {label}", *([""] * len(shown_groups))] for label in labels]
         table = markdown_table(header, rows)
         if table.index("\n") <= width:
             break

@@ -128,6 +128,54 @@ def test_the_vectors_of_pad_get_no_gradient():
         assert table[pad].norm() == 0 and table[gene].norm() > 0
 
 
+def test_the_token_of_a_perturbed_gene_with_a_text_is_left_out():
+    """Against the formula, gene by gene: x = token + value + flag + language, without the token where withheld."""
+    torch.manual_seed(3)
+    net = model.ScGenePT(small(languages={"s": 5}, n_language_rows=4, target_by_text=True)).eval()
+    token_ids = [27, 3, 12, 8]
+    net.set_language(token_ids, {"s": torch.randn(4, 5)}, with_text=[3, 8])
+    gene_ids, expression = torch.tensor([3, 8, 27, 12]), torch.rand(2, 4)
+    perturbed = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1]])  # the gene 12 has no text and keeps its token
+    language = net.language_encoders["s"]
+    x = torch.zeros(2, 4, 16)
+    for cell in range(2):
+        for i, gene in enumerate(gene_ids.tolist()):
+            row = language.embedding.weight[token_ids.index(gene)]
+            x[cell, i] = language.enc_norm(language.proj(row))
+            x[cell, i] += net.value_encoder(expression[cell, i].view(1, 1))[0, 0]
+            x[cell, i] += net.pert_encoder.weight[perturbed[cell, i]]
+            if not (perturbed[cell, i] and gene in (3, 8)):
+                x[cell, i] += net.encoder(torch.tensor([gene]))[0]
+    expected = net.decoder(net.transformer_encoder(net.ln(x)))
+    torch.testing.assert_close(net(gene_ids, expression, perturbed), expected)
+
+
+def test_a_withheld_token_gets_no_gradient():
+    net = model.ScGenePT(small(languages={"s": 5}, n_language_rows=2, target_by_text=True))
+    net.set_language([3, 12], {"s": torch.randn(2, 5)})
+    net(torch.tensor([3, 12]), torch.rand(2, 2), torch.tensor([[1, 0], [1, 0]])).sum().backward()
+    assert net.encoder.embedding.weight.grad[3].norm() == 0 < net.encoder.embedding.weight.grad[12].norm()
+
+
+def test_a_gene_that_joins_with_a_vector_has_a_text(tmp_path):
+    net = model.ScGenePT(small(languages={"s": 5}, n_language_rows=1, target_by_text=True))
+    net.set_language([3], {"s": torch.randn(1, 5)})
+    net.add_language([7], {"s": torch.randn(1, 5)})
+    model.save(net, tmp_path / "model.pt")
+    loaded = model.load(tmp_path / "model.pt")
+    assert loaded.config.target_by_text and loaded.has_text.nonzero().ravel().tolist() == [3, 7]
+
+
+def test_a_residual_model_predicts_the_change_from_the_input():
+    torch.manual_seed(4)
+    plain = model.ScGenePT(small()).eval()
+    residual = model.ScGenePT(small(residual=True)).eval()
+    residual.load_state_dict(plain.state_dict())
+    gene_ids, control = np.array([1, 5, 9]), np.random.default_rng(0).random((4, 3), dtype=np.float32)
+    change = model.predict(residual, gene_ids, control, 1) - model.predict(plain, gene_ids, control, 1)
+    np.testing.assert_allclose(change, control, atol=1e-6)
+
+
 # --- predict
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
@@ -151,7 +199,7 @@ def test_predict_equals_forward_cell_by_cell(options, batch_size):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"control": np.zeros((2, 5))}, "expected .cells, 4."), ({"perturbed_idx": [4]}, "positions run from 0 to 3"),
+    ({"control": np.zeros((2, 5))}, "not .cells, 4."), ({"perturbed_idx": [4]}, "positions run from 0 to 3"),
     ({"perturbed_idx": -1}, "positions run from 0 to 3"), ({"gene_ids": [0, 1, 2, 30]}, "30 is no row of the vocabulary"),
 ])
 def test_predict_refuses_arguments_that_do_not_fit(change, message):

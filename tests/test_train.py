@@ -126,7 +126,7 @@ def vectors(tmp_path):
 
 
 def test_genes_get_their_vectors_and_a_random_one_without_a_text_or_a_token(training, vectors):
-    token_ids, tables = training.language_tables(*vectors, seed=1, shuffled=False)
+    token_ids, tables, has_text = training.language_tables(*vectors, seed=1, shuffled=False)
     assert token_ids.tolist() == [3, 4, 5, 9] and tables["s"].dtype == np.float32
     assert tables["s"][1].tolist() == [10, 11, 12] and tables["s"][2].tolist() == [16, 17, 18]  # D, A
     assert (np.abs(tables["s"][[0, 3]]) <= 0.1).all() and np.abs(tables["s"][[0, 3]]).min() > 0     # B, <pad>
@@ -221,7 +221,7 @@ def test_training_is_a_plain_loop_of_adam_on_the_mean_squared_error_of_measured_
     data = stage("03_prepare_data").load_dataset(root / "data/demo/dataset.h5", "")
     data.measured[[3, 50, 99]] = False
     settings = {"epochs": 2, "batch_size": 100, "lr": 2e-3, "genes_per_batch": 40, "dropout": 0.0, "attention_dropout": 0.0,
-                "targets_in_batch": False, "align": "layernorm"}
+                "targets_in_batch": False, "align": "layernorm", "residual": False, "cells_at_once": 100}
     plan = SimpleNamespace(variant=training.parse_variant("scgpt", []), settings=settings, vectors={}, pretrained=None,
                            sizes={"d_model": 16, "n_heads": 2, "d_hid": 16, "n_layers": 1})
     machine = training.set_up_machine(SimpleNamespace(device="cpu", batch_size=100, align="layernorm"))
@@ -632,3 +632,36 @@ def test_a_broken_state_is_named(root):
     run = root / "runs/demo/scgpt/seed42"
     (run / "state.pt").write_bytes((run / "state.pt").read_bytes()[:1000])
     assert "state.pt: cannot be read" in train(root, "--epochs", 2, run=error_of)
+
+
+# --- this kit's own ways
+
+def test_a_way_of_joining_language_can_stand_behind_a_variants_name(root):
+    run_script("04_train.py", "--variant", "scgenept_go_c,align=target-by-text", *SMALL, root=root)
+    run = root / "runs/demo/scgenept_go_c,align=target-by-text/seed42"
+    assert json.loads((run / "config.json").read_text())["align"] == "target-by-text"
+    assert model.load(run / "model.pt").config.target_by_text
+
+
+def test_residual_is_recorded_and_part_of_the_name(root):
+    run_script("04_train.py", "--variant", "scgpt", "--residual", *SMALL, root=root)
+    assert model.load(root / "runs/demo/scgpt,residual/seed42/model.pt").config.residual
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--variant", "scgpt-counts", "--residual"], "needs a variant with counts"),
+    (["--variant", "genept_go_c", "--align", "target-by-text"], "needs a variant with tokens"),
+    (["--variant", "scgenept_go_c,align=nowhere"], "--align is one of layernorm"),
+    (["--variant", "scgenept_go_c", "--align", "batchnorm", "--cells-at-once", 4], "in one piece"),
+])
+def test_what_a_variant_cannot_do_is_one_line(root, options, message):
+    done = run_script("04_train.py", *options, root=root, check=False)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_only_genes_with_a_text_in_a_source_are_told_by_it(training, vectors):
+    token_ids, _, has_text = training.language_tables(*vectors, seed=1, shuffled=True)
+    data = vectors[0]
+    genes = {token: gene for token, gene in zip(data.token_ids, data.genes)}
+    assert 0 < has_text.sum() < len(token_ids) and not has_text[token_ids == data.pad_id].any()
+    assert len(genes) == len(has_text)
