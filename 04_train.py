@@ -167,8 +167,9 @@ def choose_embeddings(variant, found, args):
 def choose(option, wanted, available, preferred, variant):
     """The value of --embedder or --mode, and [option=value] unless that is the default."""
     default = preferred if preferred in available else None
-    if len(available) == 1:
-        default = min(available)
+    whole = [name for name in available if name.rpartition("-")[0] not in available]
+    if len(whole) == 1:  # lsa-64 is lsa with --dim 64 of stage 02: the default only where it is alone
+        default = whole[0]
     value = wanted or default
     names = ", ".join(sorted(available))
     if value is None:
