@@ -5,10 +5,12 @@
     python 02_embed.py --dataset norman --source genept             GenePT's, from its own archive
     python 02_embed.py --dataset norman --source ncbi --embedder lsa --color pathways.tsv:pathway
     python 02_embed.py --dataset norman --source go_c --mode avg --embedder openai --dry-run
+    python 02_embed.py --dataset norman --source go_c --dim 64      their 64 leading principal components
     python 02_embed.py --dataset norman --source names --embedder openai --model meta-llama/Llama-3.1-8B \\
                        --base-url http://localhost:8000/v1          vLLM, Ollama, llama.cpp, TEI, ...
 
 A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection.
+With --dim N, the file's name and stage 04 call the embedder <embedder>-N.
 Modes: `concat` embeds one text a gene, `avg` embeds each GO term alone and takes the mean of a gene's.
 Embedders: `published`, the vectors that the authors released; `openai`, a server with OpenAI's embeddings API
 (the key comes from OPENAI_API_KEY; answers are kept in embeddings/.cache, so nothing is paid twice); `lsa`,
@@ -68,7 +70,8 @@ PRICES = {  # dollars per million tokens
     "text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
 PRICES_NOTED = "May 2026"
 
-LSA_DIM = 256  # most dimensions of an lsa vector
+LSA_LEAST, LSA_MOST = 10, 256  # dimensions of an lsa vector, unless --dim says otherwise
+CHANCE_MARGIN = 1.03  # a singular value has to exceed chance by this factor
 MAX_POINTS, LEAST_POINTS = 20_000, 10  # of a figure; of one by UMAP
 
 
@@ -126,11 +129,11 @@ def distinct_texts(texts, offsets):
 # ----------------------------------------------------------------------------------------------------------
 # lsa: TF-IDF and a truncated SVD (Deerwester et al. 1990), offline and deterministic
 
-def lsa(texts, counts):
-    """Vectors (T, d) of unit length for T distinct texts, of which each stands `counts` (T) times.
+def lsa(texts, counts, dim=None):
+    """Vectors (T, dim) of unit length for T distinct texts, of which each stands `counts` (T) times.
 
-    d is LSA_DIM or the rank of the word matrix, if that is lower. A text that shares no word with others gets
-    zeros. Weights: (1 + log of the count in the text) * log((1 + N) / number of texts with the word).
+    Without dim, choose_rank finds it. A text that shares no word with others gets zeros.
+    Weights: (1 + log of the count in the text) * log((1 + N) / number of texts with the word).
     """
     words = count_words(texts)
     n_texts_with = (words > 0).T @ counts
@@ -142,8 +145,35 @@ def lsa(texts, counts):
     words = unit_rows(words @ scipy.sparse.diags(rarity))
 
     # A text that stands n times counts n times: the SVD takes squares, so its row is scaled by the root of n
-    directions, _ = leading_directions(scipy.sparse.diags(np.sqrt(counts)) @ words, LSA_DIM)
-    return unit_rows(words @ directions)
+    weighted = scipy.sparse.diags(np.sqrt(counts)) @ words
+    directions, values = leading_directions(weighted, dim or LSA_MOST)
+    if dim and dim > len(values):
+        sys.exit(f"error: --dim {dim}: lsa finds only {len(values)} dimensions in these texts")
+    rank = dim or choose_rank(weighted, values)
+    return unit_rows(words @ directions[:, :rank])
+
+
+def choose_rank(matrix, values):
+    """How many of the leading singular values (k) of a matrix (texts, words) tell more than noise.
+
+    Noise in the vectors would let a model tell every gene from all others, and learn genes instead of what
+    they have in common. Parallel analysis (Horn 1965): each word is dealt out anew among the texts, which
+    keeps how common it is, but not which words go together. A rank counts as long as its singular value is
+    larger than by chance; the first (what all texts share) always does. CHANCE_MARGIN: pairs of words stand
+    together by their nature, and lift even random texts by 2%. LSA_LEAST: where texts are short, processes
+    hide below chance, and a dimension too few loses more than one too many.
+    """
+    rng = np.random.default_rng(0)
+    columns = matrix.tocsc()
+    rows = [rng.choice(matrix.shape[0], n, replace=False) for n in np.diff(columns.indptr)]
+    dealt = scipy.sparse.csc_matrix((columns.data, np.concatenate(rows), columns.indptr), matrix.shape)
+    _, by_chance = leading_directions(dealt.tocsr(), len(values))
+    by_chance = np.pad(by_chance, (0, len(values) - len(by_chance)))
+    is_chance = values[1:] <= CHANCE_MARGIN * by_chance[1:]
+    n_told = 1 + int(np.append(is_chance, True).argmax())
+    rank = min(max(n_told, LSA_LEAST), len(values))
+    print(f"lsa: {rank} dimensions ({n_told} of {len(values)} tell more than noise; --dim N takes N)")
+    return rank
 
 
 def count_words(texts):
@@ -192,6 +222,17 @@ def leading_directions(matrix, k):
     # Singular vectors are known up to their sign: make the largest entry of each positive
     largest = np.abs(directions).argmax(axis=0)
     return directions * np.sign(directions[largest, np.arange(k)]), values[:k]
+
+
+def principal_components(vectors, dim):
+    """Coordinates (N, dim) of vectors (N, d) along the directions in which they vary most (PCA)."""
+    centred = vectors - vectors.mean(axis=0)
+    directions, values = leading_directions(centred, dim)
+    if dim > len(values):
+        sys.exit(f"error: --dim {dim}: these vectors have only {len(values)} principal components")
+    share = (values ** 2).sum() / (centred ** 2).sum()
+    print(f"--dim {dim}: principal components with {share:.0%} of the variance")
+    return centred @ directions
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -321,7 +362,7 @@ def send(texts, gene_of, args, cache, vector_of):
     while n_done < len(texts):
         batch = first_batch(texts[n_done:], batch_size)
         try:
-            vectors = ask(client, args.model, batch)
+            vectors = ask(client, args, batch)
         except openai.OpenAIError as error:
             if is_too_large(error) and len(batch) > 1:
                 batch_size = len(batch) // 2
@@ -373,9 +414,10 @@ def first_batch(texts, batch_size):
     return texts[:max(1, (n_bytes <= LEAST_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS).sum())]
 
 
-def ask(client, model, batch):
+def ask(client, args, batch):
     """Vectors (n, d) float32 of n texts; ValueError, TypeError or AttributeError if the answer lacks them."""
-    answer = client.embeddings.create(model=model, input=batch, encoding_format="float").data
+    options = {"dimensions": args.api_dim} if args.api_dim else {}
+    answer = client.embeddings.create(model=args.model, input=batch, encoding_format="float", **options).data
     answer = sorted(answer, key=lambda item: item.index)  # the order is not promised
     if [item.index for item in answer] != list(range(len(batch))):
         raise ValueError(f"{len(answer)} vectors for {len(batch)} texts")
@@ -515,14 +557,21 @@ def read_embeddings(path, made_by=None):
         return file["genes"].asstr()[:], file["vectors"][:]
 
 
-def embed_published(args, source, path):
+def model_name(model):
+    """The name of a server's model as it stands in file names."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", model)
+
+
+def embed_published(args, source, embedder, path):
     """Write the released vectors of a source to `path`, unless they are there; whether it was written."""
     released, url, member = fetch_published(source, args.mode, path.parent.parent / "raw")
-    options = {"embedder": "published", "mode": args.mode}
+    options = {"embedder": embedder, "mode": args.mode}
     made = shared.made_from(options, {released.name: shared.fingerprint(released)})
     if shared.is_current(path, made, args.force):
         return False
     genes, vectors = read_pickle(released, member)
+    if args.dim:
+        vectors = principal_components(vectors, args.dim)
     origin = {"url": url, "sha256": shared.checksum(released)}
     write_embeddings(path, made, genes, vectors, source=source, **options, **origin)
     return True
@@ -538,7 +587,7 @@ def embed_texts(args, source, embedder, path):
     server = {}
     if args.embedder == "openai":
         server = {"model": args.model, "base_url": args.base_url, "max_tokens": args.max_tokens}
-    options = {"embedder": embedder, "mode": args.mode, **(server or {"dim": LSA_DIM})}
+    options = {"embedder": embedder, "mode": args.mode, "dim": args.dim, **server}
     made = shared.made_from(options, {f"annotations.h5 {source}": shared.fingerprint(annotations, source)})
     if shared.is_current(path, made, args.force):
         return False
@@ -548,14 +597,18 @@ def embed_texts(args, source, embedder, path):
         cut_texts(texts, gene_of, args.max_tokens)
     texts, average = distinct_texts(texts, offsets)
     if server:
+        name = embedder if args.api_dim else model_name(args.model)  # whole vectors serve every --dim
         url_hash = hashlib.sha256(args.base_url.encode()).hexdigest()
-        vectors = server_vectors(texts, gene_of, args, path.parent / ".cache" / f"{embedder}.{url_hash[:8]}")
+        vectors = server_vectors(texts, gene_of, args, path.parent / ".cache" / f"{name}.{url_hash[:8]}")
         if args.dry_run:
             return False
     else:
-        vectors = lsa(texts, np.bincount(average.indices))
+        vectors = lsa(texts, np.bincount(average.indices), args.dim)
+    vectors = average @ vectors
+    if server and args.dim and not args.api_dim:
+        vectors = principal_components(vectors, args.dim)
     about = {"source": source, "embedder": embedder, "mode": args.mode, **server}
-    write_embeddings(path, made, genes, average @ vectors, **about)
+    write_embeddings(path, made, genes, vectors, **about)
     return True
 
 
@@ -570,6 +623,9 @@ def parse_arguments():
                         help="(default: lsa on the demo, otherwise published)")
     parser.add_argument("--mode", choices=("concat", "avg"), default="concat",
                         help="embed one text a gene, or each GO term and take the mean (default: concat)")
+    parser.add_argument("--dim", type=int, metavar="N",
+                        help="vectors of N numbers: with lsa its rank (default: found from the texts), with "
+                             "text-embedding-3 what the server shortens them to, else principal components")
     parser.add_argument("--color", metavar="FILE.tsv:COLUMN",
                         help="colour the figure by a column of a tab-separated file with a column gene")
     group = parser.add_argument_group("with --embedder openai")
@@ -588,6 +644,9 @@ def parse_arguments():
 
     args.base_url = args.base_url.rstrip("/")
     args.embedder = args.embedder or ("lsa" if args.dataset == "demo" else "published")
+    args.api_dim = args.dim if "text-embedding-3" in args.model and args.embedder == "openai" else None
+    if args.dim is not None and args.dim < 1:
+        sys.exit(f"error: --dim {args.dim}: at least 1")
     if args.max_tokens is None:
         args.max_tokens = WINDOWS.get(PurePosixPath(args.model).name.split(":")[0], MAX_TEXT_TOKENS)
     if args.max_tokens < 1:
@@ -618,7 +677,8 @@ def main():
     space = shared.space_of(args.dataset)
     folder = args.root / "data" / space / "embeddings"
     sources = args.source or default_sources(args, folder.parent / "annotations.h5")
-    embedder = re.sub(r"[^A-Za-z0-9.+-]+", "_", args.model) if args.embedder == "openai" else args.embedder
+    embedder = model_name(args.model) if args.embedder == "openai" else args.embedder
+    embedder += f"-{args.dim}" if args.dim else ""
     paths = [folder / f"{source}.{embedder}.{args.mode}.h5" for source in sources]
     column, label_of = read_column(args.color) if args.color else ("", {})
     note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
@@ -627,7 +687,7 @@ def main():
     wrote_any = False
     for source, path in zip(sources, paths):
         if args.embedder == "published":
-            is_new = embed_published(args, source, path)
+            is_new = embed_published(args, source, embedder, path)
         else:
             is_new = embed_texts(args, source, embedder, path)
         wrote_any |= is_new

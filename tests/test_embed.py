@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import KIT, error_of, run_process, run_script
+import simulate
 from hypothesis import given, settings, strategies
 from server import Server
 
@@ -168,9 +169,10 @@ def test_lsa_equals_tf_idf_and_a_dense_svd(demo):
                          for w in words] for c in counts])
     weights /= np.linalg.norm(weights, axis=1, keepdims=True)
     u, s, _ = np.linalg.svd(weights, full_matrices=False)
-    rank = int((s > 1e-6 * s[0]).sum())
-    vectors = embedding(demo, "go_all.lsa.concat")[1]
-    assert vectors.shape[1] == rank and np.allclose(cosine(vectors), cosine((u * s)[:, :rank]), atol=1e-5)
+    embed("--source", "go_all", "--dim", 5, root=demo)
+    for name, rank in (("lsa", 10), ("lsa-5", 5)):
+        vectors = embedding(demo, f"go_all.{name}.concat")[1]
+        assert vectors.shape[1] == rank and np.allclose(cosine(vectors), cosine((u * s)[:, :rank]), atol=1e-5)
 
 
 def test_leading_directions_equal_a_dense_svd():
@@ -191,6 +193,38 @@ def test_avg_with_lsa_is_the_mean_of_the_term_vectors(demo):
     for vector, names in zip(vectors, of_gene):
         if all(name in of_term for name in names):
             assert np.allclose(vector, sum(of_term[name] for name in names) / len(names), atol=1e-6)
+
+
+def simulated_texts(n_genes, n_processes, noise, seed=1):
+    rng = np.random.default_rng(seed)
+    return np.array(simulate.simulate_texts(simulate.simulate_processes(n_genes, n_processes, rng), noise, rng))
+
+
+@pytest.mark.parametrize("noise", [0, 0.5, 0.7])
+@pytest.mark.parametrize("n_genes, n_processes", [(120, 7), (500, 8), (500, 25), (2000, 10)])
+def test_the_rank_is_the_number_of_processes_but_ten_at_least(capsys, n_genes, n_processes, noise):
+    vectors = stage02.lsa(simulated_texts(n_genes, n_processes, noise), np.ones(n_genes))
+    assert f"({n_processes} of" in capsys.readouterr().out
+    assert vectors.shape == (n_genes, max(n_processes, 10))
+
+
+def test_texts_that_tell_nothing_get_the_least_rank(capsys):
+    assert stage02.lsa(simulated_texts(500, 8, noise=1), np.ones(500)).shape == (500, 10)
+    assert "(1 of 256 tell more than noise" in capsys.readouterr().out
+
+
+def test_fewer_words_than_the_least_rank_give_what_there_is():
+    assert stage02.lsa(np.array(["iron", "iron zinc", "zinc copper", "copper"]), np.ones(4)).shape == (4, 3)
+
+
+def test_the_rank_is_the_same_each_time():
+    texts = simulated_texts(120, 7, noise=0.9)
+    assert stage02.lsa(texts, np.ones(120)).tobytes() == stage02.lsa(texts, np.ones(120)).tobytes()
+
+
+def test_more_dimensions_than_there_are_is_an_error(demo):
+    assert "finds only 10 dimensions" in fails("--source", "go_all", "--dim", 11, root=demo)
+    assert "at least 1" in fails("--dim", 0, root=demo)
 
 
 def test_the_gene_symbol_prefix_does_not_count():
@@ -326,6 +360,33 @@ def test_published_vectors_become_an_embedding_file(tmp_path):
     assert genes == list(TABLE) and np.array_equal(vectors, np.float32(list(TABLE.values())))
     assert attributes["embedder"] == "published"
     assert attributes["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_dim_takes_the_leading_principal_components_of_published_vectors(tmp_path):
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((300, 40)) * 0.8 ** np.arange(40) + 3
+    place(tmp_path, pickle.dumps({f"G{i}": list(row) for i, row in enumerate(wide)}, 4))
+    out = embed(*PUBLISHED, "--dim", 5, root=tmp_path)
+    genes, vectors, attributes = embedding(tmp_path, "go_all.published-5.concat", "human")
+    u, s, _ = np.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    assert attributes["dim"] == 5 and attributes["embedder"] == "published-5" and len(genes) == 300
+    assert np.allclose(np.abs(vectors), np.abs(u * s)[:, :5], atol=1e-3)
+    assert f"{(s[:5] ** 2).sum() / (s ** 2).sum():.0%} of the variance" in out
+    assert "only 40 principal components" in fails(*PUBLISHED, "--dim", 41, root=tmp_path)
+
+
+def test_stage_04_takes_the_whole_vectors_unless_told(demo):
+    training = importlib.import_module("04_train")
+    embed("--source", "go_c", "--dim", 4, root=demo)
+    names = []
+    for embedder in (None, None, "lsa-4"):
+        found = training.find_embeddings(demo, "demo")
+        chosen = training.choose_embeddings(SimpleNamespace(name="scgenept_go_c", sources=["go_c"]), found,
+                                            SimpleNamespace(embedder=embedder, mode=None))
+        names.append((chosen[0]["go_c"].name, chosen[1]))
+        embed("--source", "go_c", root=demo)
+    assert names == [("go_c.lsa-4.concat.h5", []), ("go_c.lsa.concat.h5", []),
+                     ("go_c.lsa-4.concat.h5", ["embedder=lsa-4"])]
 
 
 def test_a_plus_in_the_released_name_is_sent_as_2B(tmp_path, monkeypatch):
@@ -508,7 +569,8 @@ class Api(Server):
         refused = self.refuse(asked["input"])
         if refused:
             return refused[0], {}, refused[1]
-        return 200, {"Content-Type": "application/json"}, answer(map(true_vector, asked["input"])).encode()
+        vectors = [true_vector(text, asked.get("dimensions", 16)) for text in asked["input"]]
+        return 200, {"Content-Type": "application/json"}, answer(vectors).encode()
 
     def batches(self):
         """The texts of each request so far."""
@@ -549,6 +611,24 @@ def test_avg_embeds_each_term_once_and_takes_the_mean(demo, api):
     for i, vector in enumerate(vectors):
         of_terms = [true_vector(term) for term in terms[offsets[i]:offsets[i + 1]]]
         assert np.allclose(vector, np.mean(of_terms, axis=0), atol=1e-6)
+
+
+def test_dim_is_asked_of_models_that_shorten_their_vectors(demo, api):
+    embed(*openai(api, "--model", "text-embedding-3-small", "--dim", 4), root=demo)
+    assert json.loads(api.requests[0].body)["dimensions"] == 4
+    _, vectors, _ = embedding(demo, "ncbi.text-embedding-3-small-4.concat")
+    assert np.allclose(vectors, [true_vector(text, 4) for text in column(demo, "ncbi", "text")])
+
+
+def test_other_models_vectors_are_embedded_once_for_every_dim(demo, api):
+    for options in ((), ("--dim", 4), ("--dim", 6)):
+        embed(*openai(api, *options), root=demo)
+    assert max(api.sent().values()) == 1 and "dimensions" not in json.loads(api.requests[0].body)
+    whole = embedding(demo, f"ncbi.{ADA}.concat")[1]
+    u, s, _ = np.linalg.svd(whole - whole.mean(0), full_matrices=False)
+    for dim in (4, 6):
+        vectors = embedding(demo, f"ncbi.{ADA}-{dim}.concat")[1]
+        assert np.allclose(vectors @ vectors.T, (u * s ** 2)[:, :dim] @ u[:, :dim].T, atol=1e-3)
 
 
 def test_several_sources_share_what_was_embedded_and_a_figure(demo, api):
