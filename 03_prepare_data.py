@@ -841,6 +841,29 @@ def read_h5ad(path, args, source, vocab_path=None):
 # ----------------------------------------------------------------------------------------------------------
 # AnnData files: writing
 
+def read_cells(path, args, source):
+    """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
+    log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
+    with shared.read_h5(path) as file:
+        check_is_anndata(file, source)
+        matrix, var = find_matrix(file, args.layer, source)
+        genes, _ = read_genes(var, args.gene_key, source)
+        if args.upper_case:
+            genes = np.array([gene.upper() for gene in genes], dtype=object)
+        n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
+
+        def blocks():
+            return read_blocks(matrix, source, n_cells, len(genes))
+
+        totals, is_counts = scan_expression(blocks, n_cells, args, source, other_layers(file))
+        kept = totals > 0
+        if not kept.any():
+            sys.exit(f"error: {source}: no cell with any expression")
+        scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
+        X, _ = read_expression(blocks, kept, scale, np.zeros(len(genes), dtype=bool), None)
+    return X, genes
+
+
 def write_h5ad(path, made, X, obs, genes, description, control=None):
     """Write X (rows, genes), dense or CSR, as an AnnData file with obs {column: values}.
 
@@ -1062,11 +1085,7 @@ def parse_arguments():
         help="finds the targets in a label, or in each of its parts: its groups are the targets, as in "
              "'(.+)_g[0-9]+' for KLF1_g2")
     add("--min-cells", type=int, default=0, metavar="N", help="leave out smaller conditions (default: 0)")
-    add("--gene-key", metavar="COLUMN",
-        help="var column with symbols, or index (default: gene_name, else the index)")
-    add("--upper-case", action="store_true", help="write symbols in capitals: mouse genes become human ones")
-    add("--layer", metavar="NAME", help="read this layer, or raw, instead of X")
-    add("--normalize", action="store_true", help="values are counts: scale to the median total, then log1p")
+    expression_options(parser)
     add("--n-genes", type=int, metavar="N",
         help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
     add("--split", default="simulation", metavar="simulation|none|FILE.json",
@@ -1080,6 +1099,17 @@ def parse_arguments():
     args = parser.parse_args()
     check_arguments(args)
     return args
+
+
+def expression_options(parser):
+    """Add the options that say how to read the expression of an AnnData file."""
+    parser.add_argument("--gene-key", metavar="COLUMN",
+                        help="var column with symbols, or index (default: gene_name, else the index)")
+    parser.add_argument("--upper-case", action="store_true",
+                        help="write symbols in capitals: mouse genes become human ones")
+    parser.add_argument("--layer", metavar="NAME", help="read this layer, or raw, instead of X")
+    parser.add_argument("--normalize", action="store_true",
+                        help="values are counts: scale to the median total, then log1p")
 
 
 def check_arguments(args):

@@ -7,6 +7,9 @@
                                                         chosen runs; the authors' own model, fetched; a file
     python 05_eval.py --dataset norman --external GEARS=gears.h5ad      another method's predictions
     python 05_eval.py --dataset norman --predict POU3F2 CEBPE+KLF1      what these perturbations do
+    python 05_eval.py --dataset norman --predict KLF1 --run ridge_ncbi additive     so say baselines
+    python 05_eval.py --dataset norman --predict KLF1 --controls-from my_cells.h5ad     in cells of one's own
+    python 05_eval.py --dataset norman --towards CEBPA      which perturbations lead to these cells
     python 05_eval.py --dataset norman --cells                          cell by cell, for scanpy and cell-eval
 
 Writes report.md with figures, metrics.csv (a value per condition), summary.csv (mean and 95% interval over
@@ -20,6 +23,12 @@ measured.cells.h5ad: the pair that `cell-eval run --pert-col condition --control
 
 --predict writes to results/<dataset>/predicted/<--name>/: predicted.csv (perturbations by the size of their
 effect), predicted_genes.csv (the 20 genes that change most), predicted.h5ad, and figures for a dozen at most.
+--towards adds towards.csv: candidates (--predict's, or every gene of the dataset) by how near they lead.
+From Python, the same with the same words:
+
+    evaluation = importlib.import_module("05_eval")
+    found = evaluation.predict("--dataset", "norman", "--predict", "KLF1", "CEBPE+KLF1")
+    found["condition"], found["model"], found["genes"], found["delta"]      # delta: (predictions, genes)
 
 GEARS' predictions for --external, in its own environment (cell-gears 0.1.2; a sketch). Newer versions drop
 some conditions before they split, and would then train on what is tested here: give GEARS this split.
@@ -53,6 +62,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from scipy import sparse
+from scipy.cluster import hierarchy
 from tqdm import tqdm
 
 import metrics
@@ -83,7 +93,9 @@ BASELINES = {  # they need no training
     "matching-mean": "the mean of the parts' training profiles; non-ctrl-mean for new parts (Systema)",
     "additive": "control plus the parts' training effects; 0 for new parts (Ahlmann-Eltze et al. 2025)",
     "ridge_<source>": "ridge regression from the sum of the targets' vectors to the response (GenePert)"}
+FOR_ANY_TARGET = ("non-ctrl-mean", "matching-mean", "additive")  # the baselines that --predict takes by name
 CEILING = "data-ceiling"
+FIRST = (1, 5, 10)       # how many guesses count in the reverse question
 N_DRAWS = 10             # of the random baseline, and of the halves of the ceiling
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
 CELLS_X_GENES = 80_000   # values predicted between two steps of the progress bar
@@ -179,8 +191,14 @@ def find_files(items, args):
 def find_models(args):
     """The models of --run: the kit's runs, and files. By default all finished runs."""
     files = [item for item in args.run or () if item.endswith(".pt") or item.startswith("released:")]
-    names = [item for item in args.run if item not in files] if args.run else None
+    others = {*files, *named_baselines(args)}
+    names = [item for item in args.run if item not in others] if args.run else None
     return training.find_runs(args.root, args.dataset, names, args) + find_files(files, args)
+
+
+def named_baselines(args):
+    """The baselines among the names of --run."""
+    return [item for item in args.run or () if item in FOR_ANY_TARGET or item.startswith("ridge_")]
 
 
 def load_model(path, data):
@@ -325,8 +343,14 @@ def random_means(data, rows, draw):
     return data.mean[training.random_stream("random_baseline", draw).choice(trained, len(rows))]
 
 
-def baseline_means(data, rows):
-    """Mean profiles that the baselines without chance predict for each condition: {name: (P, genes)}."""
+def targets_at(data, rows):
+    """The targets of conditions: a list of arrays of gene indices."""
+    return [data.targets[row][data.targets[row] >= 0] for row in rows]
+
+
+def baseline_means(data, targets):
+    """Mean profiles that the baselines without chance predict for each of P lists of targets (gene indices):
+    {name: (P, genes)}."""
     trained = np.flatnonzero(data.split == "train")
     ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
     non_ctrl = data.mean[trained].mean(0, dtype=np.float64)
@@ -334,24 +358,24 @@ def baseline_means(data, rows):
     # The profile of each single target that was trained on, over its labels (A+ctrl, ctrl+A)
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
     rows_of = {}
-    for row in trained:
-        targets = data.targets[row][data.targets[row] >= 0]
-        if len(targets) == 1:
-            rows_of.setdefault(targets[0], []).append(row)
+    for row, of_row in zip(trained, targets_at(data, trained)):
+        if len(of_row) == 1:
+            rows_of.setdefault(of_row[0], []).append(row)
     mean = data.mean.astype(np.float64)
     profile_of = {target: np.average(mean[of_target], axis=0, weights=n_cells[of_target])
                   for target, of_target in rows_of.items()}
 
-    parts = [data.targets[row][data.targets[row] >= 0] for row in rows]
-    matching = [np.mean([profile_of.get(target, non_ctrl) for target in targets], 0) for targets in parts]
-    additive = [ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in targets) for targets in parts]
-    return {"non-ctrl-mean": np.tile(non_ctrl, (len(rows), 1)), "no-change": np.tile(ctrl, (len(rows), 1)),
+    matching = [np.mean([profile_of.get(target, non_ctrl) for target in parts], 0) for parts in targets]
+    additive = [ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in parts) for parts in targets]
+    return {"non-ctrl-mean": np.tile(non_ctrl, (len(targets), 1)),
+            "no-change": np.tile(ctrl, (len(targets), 1)),
             "matching-mean": np.stack(matching), "additive": np.stack(additive)}
 
 
-def ridge_means(data, rows, path):
-    """What GenePert's ridge regression predicts for each condition, (P, genes): from the sum of the targets'
-    language vectors to the mean response, with an intercept. None where no training target has a vector.
+def ridge_means(data, wanted, path):
+    """What GenePert's ridge regression predicts for each of P lists of targets (gene indices), (P, genes):
+    from the sum of the targets' language vectors to the mean response, with an intercept. None where no
+    training target has a vector.
 
     A target without a vector gets the mean of the training targets'. The penalty is the one with the lowest
     error on the validation conditions.
@@ -368,10 +392,9 @@ def ridge_means(data, rows, path):
     # x: what describes each condition, y: its mean profile
     seen = np.unique(data.targets[trained][has_vector[trained]])
     mean_vector = vectors[vector_row[seen]].mean(0, dtype=np.float64)
-    x = np.zeros((len(data.conditions), vectors.shape[1]))
-    for i, targets in enumerate(data.targets):
-        for target in targets[targets >= 0]:
-            x[i] += vectors[vector_row[target]] if vector_row[target] >= 0 else mean_vector
+    of_gene = np.where(vector_row[:-1, None] >= 0, vectors[vector_row[:-1]], mean_vector)
+    x = np.stack([of_gene[targets].sum(0) for targets in targets_at(data, range(len(data.conditions)))])
+    x_wanted = np.stack([of_gene[targets].sum(0) for targets in wanted])
     y = data.mean.astype(np.float64)
     x_mean, y_mean = x[trained].mean(0), y[trained].mean(0)
     xc, yc = x[trained] - x_mean, y[trained] - y_mean
@@ -384,8 +407,20 @@ def ridge_means(data, rows, path):
         weights = xc.T @ (basis @ ((basis.T @ yc) / (eigenvalues + penalty)[:, None]))  # (width, genes)
         error = ((y_mean + (x[val] - x_mean) @ weights - y[val]) ** 2).mean() if len(val) else penalty
         if error < lowest:
-            lowest, best = error, y_mean + (x[rows] - x_mean) @ weights
+            lowest, best = error, y_mean + (x_wanted - x_mean) @ weights
     return best
+
+
+def ridge_profiles(data, wanted, ridge_files):
+    """{"ridge_<source>": (P, genes)} of the sources that have a vector of a training target."""
+    found = {f"ridge_{source}": ridge_means(data, wanted, path) for source, path in ridge_files.items()}
+    return {name: means for name, means in found.items() if means is not None}
+
+
+def choose_ridge_files(embeddings):
+    """{source: file of vectors} for the ridge regressions: published and concat where there is a choice."""
+    return {source: found.get(("published", "concat")) or next(iter(found.values()))
+            for source, found in embeddings.items()}
 
 
 def halves(data, rows, draw):
@@ -402,12 +437,11 @@ def halves(data, rows, draw):
 
 def all_baselines(data, test, ridge_files):
     """The profiles of every baseline, as `score` takes them. ridge_files: {source: file of vectors}."""
-    means = [(name, "", predicted) for name, predicted in baseline_means(data, test.rows).items()]
+    wanted = targets_at(data, test.rows)
+    means = [(name, "", predicted) for name, predicted in baseline_means(data, wanted).items()]
     means += [("random", draw, random_means(data, test.rows, draw)) for draw in range(N_DRAWS)]
-    for source, path in ridge_files.items():
-        means.append((f"ridge_{source}", "", ridge_means(data, test.rows, path)))
-    profiles = [(name, draw, predicted[:, test.gene_idx], test.true)
-                for name, draw, predicted in means if predicted is not None]
+    means += [(name, "", predicted) for name, predicted in ridge_profiles(data, wanted, ridge_files).items()]
+    profiles = [(name, draw, predicted[:, test.gene_idx], test.true) for name, draw, predicted in means]
     for draw in range(N_DRAWS):
         one, other = halves(data, test.rows, draw)[:, :, test.gene_idx]
         profiles.append((CEILING, draw, one, other))
@@ -527,10 +561,35 @@ def write_csv(path, header, rows):
     shared.write_text(path, text.getvalue())
 
 
+def retrieval_ranks(predicted, true, ctrl):
+    """Which perturbation led to these cells? For each of P conditions the rank, from 1 on, of its own
+    prediction among all P, by the Pearson correlation of predicted with its measured change; ties share the
+    mean rank. predicted, true (P, G), ctrl (G,)."""
+    changes = [profiles - ctrl for profiles in (predicted, true)]
+    changes = [change - change.mean(1, keepdims=True) for change in changes]
+    with np.errstate(invalid="ignore"):
+        of_predicted, of_true = (c / np.linalg.norm(c, axis=1, keepdims=True) for c in changes)
+    likeness = np.nan_to_num(of_true @ of_predicted.T)  # a prediction of no change is like nothing
+    own = np.diag(likeness)[:, None]
+    is_tie = np.isclose(likeness, own, rtol=0, atol=1e-9)
+    return 1 + (~is_tie & (likeness > own)).sum(1) + (is_tie.sum(1) - 1) / 2
+
+
+def found_first(profiles, test):
+    """{model: [share of test conditions whose own prediction is among the first 1, 5, 10]}, mean over
+    seeds."""
+    shares = {}
+    for name, _, predicted, true in profiles:
+        if np.isfinite(predicted).all() and np.isfinite(true).all():
+            ranks = retrieval_ranks(predicted, true, test.ctrl)
+            shares.setdefault(name, []).append([(ranks <= k).mean() for k in FIRST])
+    return {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
+
+
 def compare(profiles, baselines, runs, test):
     """Score all profiles and decide which models may be called best, as a namespace.
 
-    rows and summary: see `score` and `summarize`; names: all that has scores; models: the names of runs and
+    found_first: see there; rows and summary: see `score` and `summarize`; names: all that has scores; models: the names of runs and
     other methods, the rest are baselines; unranked: {model: why it is not ranked}.
     """
     rows = score(profiles + baselines, test)
@@ -547,6 +606,7 @@ def compare(profiles, baselines, runs, test):
         elif n_better < len(test.rows) / 2:
             unranked[name] = "its squared error is above that of no-change on most conditions"
     return SimpleNamespace(rows=rows, summary=summary, names=names, models=models, unranked=unranked,
+                           found_first=found_first(profiles + baselines, test),
                            trained={run.name for run in runs})
 
 
@@ -690,6 +750,15 @@ def write_report(path, args, data, test, outcome):
         paper = paper_rows(PAPER_BY_SUBGROUP) if has_paper else {}
         sections += [f"## By subgroup: {METRICS[metric][0]}",
                      table_with_paper(names, columns, paper, PAPER_SUBGROUPS)]
+
+    n_test = len(test.rows)
+    table = [[name, *(f"{share:.2f}" for share in shares)] for name, shares in outcome.found_first.items()]
+    table.append(["chance", *(f"{min(1, k / n_test):.2f}" for k in FIRST)])
+    sections += ["## Which perturbation was it?",
+                 "The reverse question: given measured cells of a test condition, its perturbation is looked "
+                 f"for among all {n_test} by the correlation with each predicted change. Share of conditions "
+                 "whose true perturbation is among the first 1, 5 and 10 guesses:",
+                 markdown_table(["model", *(f"first {k}" for k in FIRST)], table)]
 
     header = ["model", "seed", "best epoch", "validation MSE", "parameters", "SHA-256 of its file"]
     table = [[run.name, run.seed, run.config.get("best_epoch", "–"),
@@ -1151,8 +1220,7 @@ def evaluate(args, data, runs, embeddings, machine):
     external = [(*read_external(item, data, test), test.true) for item in args.external]
     profiles = [(run.name, run.seed, predict_run(run, args, data, test, machine), test.true) for run in runs]
     profiles += [(name, "", means, true) for name, means, true in external]
-    ridge_files = {source: found.get(("published", "concat")) or next(iter(found.values()))
-                   for source, found in embeddings.items()}
+    ridge_files = choose_ridge_files(embeddings)
     outcome = compare(profiles, all_baselines(data, test, ridge_files), runs, test)
     outcome.runs, outcome.ridge_files = runs, ridge_files
 

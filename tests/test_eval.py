@@ -174,7 +174,7 @@ def test_the_random_baseline_is_one_training_perturbation_drawn_ten_times(result
 
 def test_matching_mean_and_additive_take_the_parts_trained_profiles(evaluation):
     data = small_screen()
-    means = evaluation.baseline_means(data, [5, 6, 7])
+    means = evaluation.baseline_means(data, evaluation.targets_at(data, [5, 6, 7]))
     ctrl, B = data.mean[0], data.mean[3]
     A = (2 * data.mean[1] + 6 * data.mean[2]) / 8  # its two labels by their cells
     non_ctrl = data.mean[1:5].mean(0)
@@ -205,7 +205,7 @@ def test_ridge_is_the_closed_form_with_the_penalty_that_validation_chooses(
         error = ((design[val] @ weights - data.mean[val]) ** 2).mean()
         if error < lowest:
             lowest, best = error, design[test] @ weights
-    means = evaluation.ridge_means(data, test, tmp_path / "s.h5")
+    means = evaluation.ridge_means(data, evaluation.targets_at(data, test), tmp_path / "s.h5")
     np.testing.assert_allclose(means, best, rtol=1e-6, atol=1e-8)
 
 
