@@ -2,8 +2,8 @@
 
     python tests/simulate.py FOLDER --genes 120 --processes 7 --noise 0.5 --seed 1
 
-writes FOLDER/texts.tsv (for 01 --tsv), FOLDER/screen.h5ad (for 03 --h5ad) and FOLDER/processes.npy, the truth:
-which gene takes part in which process (genes, processes).
+writes FOLDER/texts.tsv (for 01 --tsv), FOLDER/screen.h5ad (for 03 --h5ad) and FOLDER/processes.npy, the
+truth: which gene takes part in which process (genes, processes).
 
 Every gene takes part in one or two hidden processes. Perturbing it changes the activity of processes, and
 thereby the genes that take part in those. A text holds words of the gene's processes, and a share of noise:
@@ -92,7 +92,8 @@ def write_screen(folder, n_genes, n_processes, noise, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--genes", type=int, default=120)
     parser.add_argument("--processes", type=int, default=7)

@@ -200,8 +200,8 @@ def simulated_texts(n_genes, n_processes, noise, seed=1):
     return np.array(simulate.simulate_texts(simulate.simulate_processes(n_genes, n_processes, rng), noise, rng))
 
 
-@pytest.mark.parametrize("noise", [0, 0.5, 0.7])
-@pytest.mark.parametrize("n_genes, n_processes", [(120, 7), (500, 8), (500, 25), (2000, 10)])
+@pytest.mark.parametrize("n_genes, n_processes, noise", [
+    (120, 7, 0), (120, 7, 0.5), (120, 7, 0.7), (500, 8, 0.5), (500, 8, 0.7), (500, 25, 0.5), (2000, 10, 0.5)])
 def test_the_rank_is_the_number_of_processes_but_ten_at_least(capsys, n_genes, n_processes, noise):
     vectors = stage02.lsa(simulated_texts(n_genes, n_processes, noise), np.ones(n_genes))
     assert f"({n_processes} of" in capsys.readouterr().out
