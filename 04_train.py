@@ -30,6 +30,7 @@ A gene has three numbers, and the code keeps them apart by name:
 """
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -299,6 +300,8 @@ def choose_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL and pinned memory would else use the first GPU, too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
     return device
@@ -326,8 +329,6 @@ def set_up_machine(args):
     autocast, dtype = mixed_precision(device)
     machine = SimpleNamespace(device=device, autocast=autocast, dtype=dtype, rank=0, n_processes=1)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # for NCCL, which would send everything through the first GPU
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         machine.rank, machine.n_processes = dist.get_rank(), dist.get_world_size()
     if args.batch_size % machine.n_processes:
@@ -362,17 +363,19 @@ def on_device(array, device):
 
 
 def expression_reader(X, device):
-    """A function (cells (B,), genes (L,)) -> expression (B, L), float32 on `device`.
-
-    On a GPU with room for it the whole matrix lies there, so that a batch is one indexing operation.
-    """
+    """A function (cells (B,), genes (L,)) -> expression (B, L), float32 on `device`."""
     n_bytes = X.shape[0] * X.shape[1] * 4
     if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info(device)[0] / 4:
-        whole = torch.empty(X.shape, device=device)
-        for start in range(0, X.shape[0], 4096):
-            whole[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
-        return lambda cells, genes: whole[on_device(cells, device)[:, None], on_device(genes, device)]
+        return whole_matrix_reader(X, device)
     return lambda cells, genes: on_device(X[cells].toarray()[:, genes], device)
+
+
+def whole_matrix_reader(X, device):
+    """expression_reader for a GPU with room for the whole matrix: a batch is one indexing operation there."""
+    whole = torch.empty(X.shape, device=device)
+    for start in range(0, X.shape[0], 4096):
+        whole[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
+    return lambda cells, genes: whole[on_device(cells, device)[:, None], on_device(genes, device)]
 
 
 def pair_cells(data, seed):
@@ -529,27 +532,34 @@ def train_epoch(net, state, job, epoch):
 
 
 def add_gradients(net, state, job, cells, genes):
-    """Add up the gradients of a batch's mean squared error, a part of its cells at a time: what one piece
-    would give, in less memory. Returns this process's error, without gradient."""
-    parts = parts_of(cells, job)
+    """The gradients of a batch's mean squared error, with fewer cells at once where a GPU's memory is too
+    small. Returns this process's error, without gradient."""
+    while True:
+        try:
+            return add_parts(net, state, job, parts_of(cells, job), genes)
+        except torch.cuda.OutOfMemoryError:
+            is_whole = job.machine.n_processes > 1 or job.settings["align"] == "batchnorm"
+            if job.cells_at_once == 1 or is_whole:
+                raise
+        # Out here, the error no longer holds the tensors of the pass that failed
+        job.cells_at_once = math.ceil(job.cells_at_once / 2)
+        print(f"  out of memory: goes on with {job.cells_at_once} cells at once")
+        net.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def add_parts(net, state, job, parts, genes):
+    """Add up the gradients of a batch, one part of its cells after the other: what one piece would give, in
+    less memory."""
     n = sum(map(len, parts)) * int(job.data.measured[genes].sum())
     total = torch.zeros((), device=job.machine.device)
-    try:
-        for part in parts:
-            is_last = part is parts[-1]  # with several processes, it also exchanges the gradients
-            with contextlib.nullcontext() if is_last or job.machine.n_processes == 1 else net.no_sync():
-                loss = squared_error(net, job, part, genes) / n
-                state.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-    except torch.OutOfMemoryError:
-        if job.cells_at_once == 1 or job.machine.n_processes > 1:
-            raise
-    job.cells_at_once = math.ceil(job.cells_at_once / 2)
-    print(f"  out of memory: goes on with {job.cells_at_once} cells at once")
-    net.zero_grad()
-    torch.cuda.empty_cache()
-    return add_gradients(net, state, job, cells, genes)
+    for part in parts:
+        is_last = part is parts[-1]  # with several processes, it also exchanges the gradients
+        with contextlib.nullcontext() if is_last or job.machine.n_processes == 1 else net.no_sync():
+            loss = squared_error(net, job, part, genes) / n
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
 
 
 def parts_of(cells, job):
@@ -601,8 +611,11 @@ def cells_at_once(net, n_genes, settings, machine):
     numbers = n_genes * (n_layers * (12 * config.d_model + 2 * config.d_hid) + 12 * config.d_model)
     memory = CPU_MEMORY
     if machine.device.type == "cuda":
+        gc.collect()  # an optimizer refers to itself: the run before may still lie in memory
+        torch.cuda.empty_cache()
         for_weights = 16 * sum(p.numel() for p in net.parameters())  # and gradients, and Adam's moments
-        memory = 0.8 * torch.cuda.mem_get_info(machine.device)[0] - for_weights
+        # A quarter of the memory may hold the expression matrix
+        memory = 0.6 * torch.cuda.mem_get_info(machine.device)[0] - for_weights
     elif config.attention_dropout:  # no fused attention: every gene's weight for every gene is kept
         numbers += 3 * n_layers * config.n_heads * n_genes ** 2
     return min(max(1, int(memory // (4 * numbers))), n_cells)
@@ -623,6 +636,8 @@ def resume(state, run, machine):
     """Take up what save_state wrote."""
     try:
         saved = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
+        for group in saved["optimizer"]["param_groups"]:
+            group["fused"] = machine.device.type == "cuda"  # whatever device the run began on
         for name in ("net", "optimizer", "schedule", "scaler"):
             if saved[name] or name != "scaler":  # a scaler's is empty where the precision did not need one
                 getattr(state, name).load_state_dict(saved[name])
@@ -874,8 +889,8 @@ def check_arguments(args):
 
 
 def plan_run(name, embeddings, pretrained, sizes, args, machine):
-    """What --variant NAME, or NAME,align=WAY, stands for, as a namespace: variant, name (of the run), vectors {source: file},
-    settings, pretrained (file or None), sizes."""
+    """What --variant NAME, or NAME,align=WAY, stands for, as a namespace: variant, name (of the run),
+    vectors {source: file}, settings, pretrained (file or None), sizes."""
     variant_name, _, align = name.partition(",align=")
     align = align or args.align
     variant = parse_variant(variant_name, {*shared.SOURCES, *embeddings})
