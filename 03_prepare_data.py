@@ -64,13 +64,16 @@ LARGEST_LOG = 50   # and no logarithm of expression exceeds this
 
 # Labels of control cells, and of cells whose perturbation is not known, in capitals or not
 LOOKS_LIKE_CONTROL = re.compile(
-    r"(sg|g)?(ctrl|control|ntc?|neg[ ._-]?(ctrl|control)?|negative[ ._-]?(ctrl|control)"
-    r"|(non|no)[ ._-]?target(ing)?|safe[ ._-]?(target(ing)?|harbou?r)|intergenic|scrambled?|aavs1|rosa26"
-    r"|e?gfp|lacz|luc(iferase)?|empty[ ._-]?vector|unperturbed|untreated|mock|vehicle|dmso|wt|wildtype)"
-    r"([ ._-]?(ctrl|control|guide|sgrna|grna|cell)s?)?([ ._-]?[a-z]?\d+)*", re.IGNORECASE)
+    r"(sg|g|human[ ._-]|mouse[ ._-]|one[ ._-])?"
+    r"(ctrl|control|ctl|ntc?|neg[ ._-]?(ctrl|control|ctl)?|negative[ ._-]?(ctrl|control)"
+    r"|(non|no)[ ._-]?(target(ing)?|cutting|gene|site)|safe[ ._-]?(target(ing)?|harbou?r)|intergenic"
+    r"|scrambled?|aavs1|rosa26|e?[gb]fp|mcherry|tdtomato|lacz|luc(iferase)?|empty[ ._-]?vector|unperturbed"
+    r"|untreated|unstimulated|parental|mock|vehicle|dmso|pbs|wt|wildtype)"
+    r"([ ._-]?(ctrl|control|guide|s?grna|site|cell)s?)?([ ._-]?[a-z]?\d+|[ ._-][a-z])*", re.IGNORECASE)
 MEANS_UNKNOWN = re.compile(
-    r"|[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?assigned|unknown|undetermined|unmapped"
-    r"|no[ ._-]?(guide|call)s?|multiplets?|doublets?|multiple|ambiguous|negative", re.IGNORECASE)
+    r"|[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?(assigned|called|detected)|unknown|undefined"
+    r"|undetected|undetermined|unclassified|unmapped|no[ ._-]?(guide|call|s?g?rna)s?|multiplets?|doublets?"
+    r"|multi(ple)?([ ._-]?guides?)?|collision|ambiguous|low[ ._-]?quality|negative", re.IGNORECASE)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,6 +263,10 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
     few = [condition for condition in targets_of if n_of[condition] < args.min_cells]
     if CONTROL in few:
         sys.exit(f"error: {source}: {n_of[CONTROL]:,} control cells, fewer than --min-cells {args.min_cells}")
+    if few and len(few) == len(targets_of) - 1:
+        largest = max(few, key=n_of.get)
+        sys.exit(f"error: {source}: no perturbation has --min-cells {args.min_cells} cells; the largest is "
+                 f"{largest} with {n_of[largest]:,}")
     if few:
         sizes = [f"{condition} ({n_of[condition]:,})" for condition in few]
         print(f"--min-cells {args.min_cells}: {len(few):,} conditions left out (their cells): "
@@ -562,6 +569,9 @@ def kind_of(path):
     if shared.is_html(head):
         return "a web page"
     kinds = {b"\x1f\x8b": "a gzipped file", b"PK": "a zip archive", b"\x80": "a Python pickle",
+             b"BZh": "a bzip2 file (unpack it)", b"\xfd7zXZ": "an xz file (unpack it)",
+             b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+             b"\x28\xb5\x2f\xfd": "a zstd file (unpack it)", b"PAR1": "a parquet file",
              b"X\n": "an R object (rds)", b"RDX": "an R file", b"%%MatrixMarket": "a text file (mtx)"}
     kind = next((words for start, words in kinds.items() if head.startswith(start)), None)
     return kind or ("a binary file" if b"\0" in head else "a text file (csv, tsv?)")
@@ -713,7 +723,11 @@ def scan_expression(blocks, n_cells, args, source, layers):
         largest = max(largest, X.data.max(initial=0))
         is_counts = is_counts and (X.data == np.round(X.data)).all()
         totals[cells] += cell_totals(X)
-    is_counts = is_counts and largest > 0
+    if largest == smallest == 0:
+        sys.exit(f"error: {source}: nothing but zeros in the expression matrix{layers}")
+    if args.normalize and not is_counts and largest > LARGEST_LOG and smallest >= 0:
+        print("the values are not whole numbers (corrected counts?): normalized like counts")
+        is_counts = True
 
     if smallest < 0:
         sys.exit(f"error: {source}: negative values, as in scaled data; expected log-normalized ones{layers}")
@@ -721,7 +735,7 @@ def scan_expression(blocks, n_cells, args, source, layers):
         sys.exit(f"error: {source}: raw counts; add --normalize to scale and log-transform them{layers}")
     if not is_counts and largest > LARGEST_LOG:
         sys.exit(f"error: {source}: values up to {largest:,.0f} are neither logarithms nor counts; "
-                 f"log-transform them (log1p){layers}")
+                 f"--normalize scales and log-transforms them{layers}")
     if args.normalize and not is_counts:
         print("the values are not counts but normalized already: --normalize left them alone")
     filled = totals[totals > 0]
@@ -1051,7 +1065,7 @@ def warn_of_targets(genes, targets, args):
               f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
     elif len(genes.unmeasured) == len(targets):
         print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(sorted(measured), 3)}); "
-              "are those symbols? See --gene-key, --target-regex", file=sys.stderr)
+              "are those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
 
 
 def print_text_coverage(args, genes, targets):
@@ -1126,6 +1140,8 @@ def check_arguments(args):
             sys.exit(f"error: {path} does not exist")
     if args.h5ad and args.h5ad.is_dir():
         sys.exit(f"error: {args.h5ad}: a folder (zarr?), {HOW_TO_CONVERT}")
+    if args.n_genes is not None and args.n_genes < 1:
+        sys.exit(f"error: --n-genes {args.n_genes}: at least 1")
     if not args.separator:
         sys.exit("error: --separator '': expected what stands between targets, as + or _")
     try:

@@ -1,5 +1,6 @@
 """03_prepare_data.py on a lab's own files: every layout of AnnData, labels as they are in the field, counts, guides, separators,
 variable genes; and on files of other kinds, or broken ones."""
+import bz2
 import gzip
 import json
 import pickle
@@ -313,7 +314,9 @@ def singles(control, pair="{}_{}"):
     (["NT-1", "NT-2", "NT-3", "NT-4"], ["NT-*"]), (["non-targeting", "safe-targeting", "intergenic"], ["*-targeting", "intergenic"]),
     (["NegCtrl0", "NegCtrl10"], ["NegCtrl[0-9]*"]), (["Non-Targeting_00012", "Non-Targeting_00013"], ["Non-Targeting_*"]),
     (["sgNT1", "negative control"], ["sgNT1", "negative control"]), (["ctrl_1", "ctrl_2"], ["ctrl_1", "ctrl_2"]),
-    (["safe_harbor", "AAVS1", "scramble"], ["safe_harbor", "AAVS1", "scramble"])])
+    (["safe_harbor", "AAVS1", "scramble"], ["safe_harbor", "AAVS1", "scramble"]),
+    (["INTERGENIC378", "NO_SITE", "ONE_NON-GENE_SITE"], ["INTERGENIC*", "NO_SITE", "ONE_NON-GENE_SITE"]),
+    (["mCherry", "control_A", "Human_Non-Targeting", "unstimulated"], ["mCherry", "control_?", "Human_*", "unstimulated"])])
 def test_control_labels_are_named_all_and_those_that_are_not_end_the_run(tmp_path, names, patterns):
     labels = singles(lambda i: names[i % len(names)])
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
@@ -332,7 +335,8 @@ def test_ctrl_within_a_label_counts_as_control_whatever_control_cells_are_called
 
 
 MANY_GUIDES = "_".join(f"chr1.{i}_x" for i in range(60))
-ODD = {50: "unassigned", 51: "unassigned", 52: "multiplet", 53: "*", 54: "nan", 55: "negative", 56: MANY_GUIDES, 57: "GENE1_unknown", 58: ""}
+ODD = {50: "unassigned", 51: "unassigned", 52: "multiplet", 53: "*", 54: "nan", 55: "negative", 56: MANY_GUIDES, 57: "GENE1_unknown", 58: "",
+       59: "no_sgRNA"}
 
 
 def test_labels_of_no_known_perturbation_are_left_out_and_counted(tmp_path):
@@ -401,6 +405,7 @@ def test_conditions_of_few_cells_are_left_out_and_listed(tmp_path):
     assert set(labels) - set(data.conditions) == {"GENE0+GENE1", "GENE7+GENE9"} and len(data.X) == 73
     assert "2 conditions left out (their cells): GENE0+GENE1 (1), GENE7+GENE9 (1)" in done.stdout
     assert "20 control cells, fewer than --min-cells 21" in error(tmp_path, path, "--min-cells", 21)
+    assert "no perturbation has --min-cells 6 cells; the largest is GENE0+ctrl with 5" in error(tmp_path, path, "--min-cells", 6)
 
 
 def test_odd_characters_in_genes_and_labels_change_nothing(tmp_path):
@@ -430,12 +435,18 @@ def test_logged_data_is_left_alone_and_normalize_says_so(tmp_path):
 
 @pytest.mark.parametrize("change, options, message", [
     (lambda X: X - X.mean(0), [], "negative values, as in scaled data"), (lambda X: X, [], "raw counts; add --normalize"),
-    (lambda X: X * 100.5, [], "log-transform them"), (lambda X: X.astype(np.float64) * 1e300, [], "infinite"),
+    (lambda X: X * 100.5, [], "--normalize scales and log-transforms them"), (lambda X: X * 0, ["--normalize"], "nothing but zeros"), (lambda X: X.astype(np.float64) * 1e300, [], "infinite"),
     (lambda X: X * (np.arange(len(X)) >= 20)[:, None], ["--normalize"], "no cell with any expression in ctrl; leave those out with --drop")])
 def test_values_that_are_neither_counts_nor_logarithms_are_refused_with_advice(tmp_path, change, options, message):
     path = write_cells(tmp_path / "cells.h5ad", change(counts()), LABELS, GENES)
     line = error(tmp_path, path, *options)
     assert message in line and "cells.h5ad" in line
+
+
+def test_corrected_counts_that_are_no_whole_numbers_are_normalized_like_counts(tmp_path):
+    done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", counts() * 40.5, LABELS, GENES), "--normalize")
+    assert "not whole numbers (corrected counts?): normalized like counts" in done.stdout
+    np.testing.assert_allclose(data.X, logged(counts() * 40.5), rtol=1e-6)
 
 
 @pytest.mark.parametrize("change, sign", [(lambda X: logged(X) * 10, "values up to "), (lambda X: X / X.sum(1, keepdims=True) * 30, "all cells have the same sum")])
@@ -537,7 +548,8 @@ def test_an_option_that_changes_makes_the_output_stale(tmp_path, option):
 
 
 @pytest.mark.parametrize("option, message", [(["--separator", ""], "--separator"), (["--target-regex", "(("], "in parentheses"),
-                                             (["--target-regex", "x_g1"], "in parentheses"), (["--split", "no.json"], "no.json does not exist")])
+                                             (["--target-regex", "x_g1"], "in parentheses"), (["--split", "no.json"], "no.json does not exist"),
+                                             (["--n-genes", 0], "--n-genes 0: at least 1")])
 def test_an_impossible_option_is_an_error_that_names_it(tmp_path, option, message):
     assert message in error(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES), *option)
 
@@ -578,6 +590,7 @@ def test_a_gzipped_or_zipped_file_is_read_as_it_is(tmp_path, kind):
     ("empty.h5ad", b"", "an empty file"), ("table.csv", b"cell,GENE0\n", "a text file (csv, tsv?)"), ("x.mtx", b"%%MatrixMarket matrix", "a text file (mtx)"),
     ("page.h5ad", b"<!doctype html>", "a web page"), ("x.pkl", pickle.dumps([1]), "a Python pickle"), ("x.h5ad", b"a\0b", "a binary file"),
     ("x.csv.gz", gzip.compress(b"cell,GENE0\n"), "a text file (csv, tsv?) in it"), ("x.rds", gzip.compress(b"X\n\0\0"), "an R object (rds) in it"),
+    ("x.h5ad.bz2", bz2.compress(b"\x89HDF"), "a bzip2 file (unpack it)"), ("x.h5ad", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     ("x.h5ad.gz", gzip.compress(b"\x89HDF" * 10)[:-9], "damaged"), ("x.zip", b"PK\x03\x04 broken", "damaged")])
 def test_a_file_of_another_kind_is_told_by_what_it_is(tmp_path, name, content, kind):
     (tmp_path / name).write_bytes(content)
