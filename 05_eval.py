@@ -49,6 +49,7 @@ import csv
 import difflib
 import importlib
 import io
+import itertools
 import json
 import math
 import re
@@ -589,8 +590,8 @@ def found_first(profiles, test):
 def compare(profiles, baselines, runs, test):
     """Score all profiles and decide which models may be called best, as a namespace.
 
-    found_first: see there; rows and summary: see `score` and `summarize`; names: all that has scores; models: the names of runs and
-    other methods, the rest are baselines; unranked: {model: why it is not ranked}.
+    found_first, rows, summary: see there, `score` and `summarize`; names: all that has scores; models: the
+    names of runs and other methods, the rest are baselines; unranked: {model: why it is not ranked}.
     """
     rows = score(profiles + baselines, test)
     summary = summarize(rows)
@@ -704,8 +705,8 @@ def verdict(outcome):
 
 
 EXPLANATION = """\
-Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second best*.
-**Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
+Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second
+best*. **Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
 genes or on the 20 that are most differentially expressed; 1 is perfect, 0 tells nothing. **MSE** is the mean
 squared error of log-normalized expression. **Pearson Systema** takes the change from the mean of the training
 perturbations instead, and **centroid accuracy** is the share of other conditions that are farther from a
@@ -984,6 +985,12 @@ def add_language(net, run, data, args):
     net.add_language(token_ids[is_missing], vectors)
 
 
+def with_singles(wanted):
+    """The perturbations {name: [gene, ...]} and the single targets of pairs, to compare pairs with."""
+    pairs = [genes for genes in wanted.values() if len(genes) > 1]
+    return {gene: [gene] for genes in pairs for gene in genes} | wanted
+
+
 def predict_deltas(study, machine, args):
     """Let every model predict every perturbation, and no perturbation (called "").
 
@@ -992,9 +999,7 @@ def predict_deltas(study, machine, args):
     """
     data = study.data
     gene_idx = {gene: i for i, gene in enumerate(data.genes)}
-    pairs = [genes for genes in study.wanted.values() if len(genes) > 1]
-    alone = {gene: [gene] for genes in pairs for gene in genes}  # to compare pairs with
-    perturbations = {"": [], **alone, **study.wanted}
+    perturbations = {"": []} | with_singles(study.wanted)
     deltas, cells = {}, {}
     progress = tqdm(total=len(study.runs) * len(perturbations), leave=False, disable=None)
     for i, run in enumerate(study.runs):
@@ -1012,10 +1017,23 @@ def predict_deltas(study, machine, args):
     return deltas, cells
 
 
-def most_changed(change, data):
-    """The 20 measured genes (at most) with the largest change (genes,), the largest first."""
+def most_changed(change, data, n=20):
+    """The n measured genes (at most) with the largest change (genes,), the largest first."""
     size = np.where(data.measured, np.abs(change), -1)
-    return np.argsort(-size, kind="stable")[:min(20, data.measured.sum())]
+    return np.argsort(-size, kind="stable")[:min(n, data.measured.sum())]
+
+
+def correlation(a, b):
+    """Pearson correlation of two changes (genes,); NaN where one is the same for all genes."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.corrcoef(a, b)[0, 1])
+
+
+def disagreement(changes):
+    """1 less the correlation of two models' changes (genes,), mean over the pairs of models; NaN for a single
+    model."""
+    pairs = [1 - correlation(a, b) for a, b in itertools.combinations(changes, 2)]
+    return float(np.mean(pairs)) if pairs else math.nan
 
 
 def effect_rows(study):
@@ -1023,6 +1041,8 @@ def effect_rows(study):
 
     effect_rms: root mean square of the change over the measured genes. interaction_rms, for pairs: that of
     what is left without the changes by the single targets, each less what is predicted for no perturbation.
+    disagreement: see there, over the models without shuffled controls; priority: the mean effect_rms of the
+    models times their disagreement. What is large and disputed is worth measuring next.
     """
     data, deltas = study.data, study.deltas
 
@@ -1030,20 +1050,29 @@ def effect_rows(study):
         return float(np.sqrt((change[data.measured] ** 2).mean()))
 
     def interaction(name, genes, i):
+        if any((gene, i) not in deltas for gene in genes):  # a baseline that knows one target only
+            return math.nan
         alone = sum(deltas[gene, i] - deltas["", i] for gene in genes)
         return rms(deltas[name, i] - deltas["", i] - alone)
 
     effects, gene_rows = [], []
     for name, genes in study.wanted.items():
         rows = study.rows_of.get(frozenset(genes))
-        measured = data.mean[rows].mean(0) - study.ctrl if rows else np.full(len(data.genes), math.nan)
-        for of_model, places in study.runs_of.items():
+        measured = np.full(len(data.genes), math.nan)
+        if rows:
+            measured = study.screen.mean[rows].mean(0)[study.kept] - study.ctrl
+        mean_of = {of_model: np.mean([deltas[name, i] for i in places], axis=0)
+                   for of_model, places in study.runs_of.items() if (name, places[0]) in deltas}
+        apart = disagreement([mean[data.measured] for of_model, mean in mean_of.items()
+                              if "-shuffled" not in of_model])
+        priority = float(np.mean([rms(mean) for mean in mean_of.values()])) * apart if mean_of else math.nan
+        for of_model, mean in mean_of.items():
+            places = study.runs_of[of_model]
             size, interval = metrics.interval95([rms(deltas[name, i]) for i in places])
-            apart = np.mean([interaction(name, genes, i) for i in places]) if len(genes) > 1 else math.nan
-            mean = np.mean([deltas[name, i] for i in places], axis=0)
+            joint = np.mean([interaction(name, genes, i) for i in places]) if len(genes) > 1 else math.nan
             order = most_changed(mean, data)
             top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in order[:10])
-            effects.append((name, of_model, len(places), size, interval, float(apart), top))
+            effects.append((name, of_model, len(places), size, interval, float(joint), apart, priority, top))
             for g in order:
                 value, half_width = metrics.interval95([deltas[name, i][g] for i in places])
                 control = float(study.baseline[g])
@@ -1052,49 +1081,240 @@ def effect_rows(study):
     return sorted(effects, key=lambda row: -row[3]), gene_rows
 
 
-def predict_perturbations(args, data, runs, machine):
-    """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
-    wanted = read_perturbations(args, data)
-    has_figures = len(wanted) <= MOST_FIGURES
-    rng = training.random_stream("predict", args.seed)
-    control = data.X[rng.choice(data.ctrl_cells, args.controls or N_FIGURE_CONTROLS)].toarray()
-    study = SimpleNamespace(wanted=wanted, runs=runs, data=data, keep_cells=args.cells or has_figures,
-                            control=control, baseline=control.mean(0, dtype=np.float64),
-                            ctrl=data.mean[data.split == "ctrl"][0].astype(np.float64))
-    study.runs_of, study.rows_of = {}, {}  # {model: indices of its runs}, {targets: rows of their conditions}
-    for i, run in enumerate(runs):
-        study.runs_of.setdefault(run.name, []).append(i)
-    for row, targets in enumerate(data.targets):
-        study.rows_of.setdefault(frozenset(data.genes[targets[targets >= 0]]), []).append(row)
-    print(f"perturbations: {len(wanted):,}; models: {len(runs)}; control cells for each: {len(control)}")
-    study.deltas, study.cells = predict_deltas(study, machine, args)
+def add_baselines(study, names, ridge_files):
+    """Let baselines predict, too: their change from the mean of the screen's control cells, added to the
+    cells that are predicted from. They join study.runs, study.deltas and study.cells."""
+    data = study.screen
+    gene_idx = {gene: i for i, gene in enumerate(data.genes)}
+    perturbations = with_singles(study.wanted)
+    targets = [np.array([gene_idx[gene] for gene in genes]) for genes in perturbations.values()]
+    named = {source: path for source, path in ridge_files.items() if not names or f"ridge_{source}" in names}
+    profiles = baseline_means(data, targets) | ridge_profiles(data, targets, named)
+    del profiles["no-change"]
+    for name in names:
+        if name not in profiles:
+            sys.exit(f"error: --run {name}: its source has no vectors here of a training target")
 
+    seen_alone = {int(row[0]) for row in targets_at(data, np.flatnonzero(data.split == "train"))
+                  if len(row) == 1}
+    ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
+    for name in names or profiles:
+        i, unknown = len(study.runs), []
+        study.runs.append(SimpleNamespace(name=name, seed=0, path=None, config={}))
+        study.deltas["", i] = np.zeros(len(study.data.genes))
+        for label, of_label, profile in zip(perturbations, targets, profiles[name]):
+            if name in ("additive", "matching-mean") and not seen_alone & set(of_label.tolist()):
+                unknown.append(label)
+                continue
+            study.deltas[label, i] = (profile - ctrl)[study.kept]
+            if study.keep_cells:
+                study.cells[label, i] = study.control + study.deltas[label, i].astype(np.float32)
+        if unknown:
+            print(f"{name} says nothing of {shown(unknown)}: never perturbed alone in training")
+
+
+def keep_genes(data, kept):
+    """The dataset over some of its genes, a mask (G,)."""
+    new_idx = np.append(np.cumsum(kept) - 1, -1)  # the last: of -1, no gene
+    new_idx[:-1][~kept] = -1
+    by_gene = {"genes": data.genes[kept], "token_ids": data.token_ids[kept], "measured": data.measured[kept],
+               "mean": data.mean[:, kept], "X": data.X[:, kept],
+               "targets": new_idx[data.targets], "de_idx": new_idx[data.de_idx]}
+    return SimpleNamespace(**(vars(data) | by_gene))
+
+
+def read_own_cells(path, args):
+    """The cells of a user's AnnData file: (cells, genes) CSR, log-normalized, and genes."""
+    if not path.is_file():
+        sys.exit(f"error: {path} does not exist")
+    folder = args.root / "data" / args.dataset
+    try:
+        return prepare.read_cells(prepare.open_cells(path, folder), args, path)
+    finally:
+        (folder / ".unpacked.h5ad").unlink(missing_ok=True)
+
+
+def choose_cells(study, args):
+    """The cells to predict from, drawn from the screen's control cells or from --controls-from.
+
+    Sets study.control (N, genes), study.kept (the genes of the screen that count, a mask), study.data (the
+    dataset over these). Of a file's genes those count that the dataset has, and targets.
+    """
+    data = study.screen
+    rng = training.random_stream("predict", args.seed)
+    n_cells = args.controls or N_FIGURE_CONTROLS
+    if not args.controls_from:
+        study.control = data.X[rng.choice(data.ctrl_cells, n_cells)].toarray()
+        study.kept, study.data = np.ones(len(data.genes), dtype=bool), data
+        return
+
+    X, genes = read_own_cells(args.controls_from, args)
+    column = {gene: i for i, gene in enumerate(genes)}
+    in_file = np.array([gene in column for gene in data.genes])
+    n_both = (in_file & data.measured).sum()
+    words = (f"{args.controls_from}: {X.shape[0]:,} cells; {n_both:,} of the dataset's "
+             f"{data.measured.sum():,} measured genes are in it")
+    if not n_both:
+        sys.exit(f"error: {words}; choose the column of symbols with --gene-key")
+    print(words)
+    if n_both < data.measured.sum() / 2:
+        print("warning: under half of the genes: what is predicted rests on few of them", file=sys.stderr)
+    targets = {gene for wanted in study.wanted.values() for gene in wanted}
+    study.kept = in_file | np.array([gene in targets for gene in data.genes])
+    study.data = keep_genes(data, study.kept)
+    is_there = in_file[study.kept]
+    study.data.measured &= is_there
+    study.control = np.zeros((n_cells, len(is_there)), dtype=np.float32)
+    columns = [column[gene] for gene in study.data.genes[is_there]]
+    study.control[:, is_there] = X[rng.choice(X.shape[0], n_cells)][:, columns].toarray()
+
+
+def make_study(args, data, runs, embeddings, machine):
+    """Predict the perturbations of --predict with every model, as a namespace.
+
+    wanted {name: [gene, ...]}; screen: the dataset, data: its genes that count (see choose_cells), control
+    (N, genes), baseline (genes,) its mean, ctrl (genes,) the mean of the screen's control cells; runs, and
+    runs_of {model: indices of its runs}; rows_of {targets: rows of their conditions}; deltas and cells: see
+    predict_deltas.
+    """
+    study = SimpleNamespace(wanted=read_perturbations(args, data), screen=data, runs=list(runs))
+    study.has_figures = len(study.wanted) <= MOST_FIGURES
+    study.keep_cells = args.cells or study.has_figures
+    choose_cells(study, args)
+    study.baseline = study.control.mean(0, dtype=np.float64)
+    study.ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)[study.kept]
+    study.rows_of = {}
+    for row, targets in enumerate(targets_at(data, range(len(data.conditions)))):
+        study.rows_of.setdefault(frozenset(data.genes[targets]), []).append(row)
+
+    study.deltas, study.cells = predict_deltas(study, machine, args)
+    if named_baselines(args) or not runs:
+        add_baselines(study, named_baselines(args), choose_ridge_files(embeddings))
+    study.runs_of = {}
+    for i, run in enumerate(study.runs):
+        study.runs_of.setdefault(run.name, []).append(i)
+    print(f"perturbations: {len(study.wanted):,}; models: {len(study.runs)}; cells for each: "
+          f"{len(study.control)}")
+    return study
+
+
+def predict_perturbations(args, data, runs, embeddings, machine):
+    """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
+    study = make_study(args, data, runs, embeddings, machine)
     folder = args.root / "results" / args.dataset / "predicted" / args.name
-    for old in (*folder.glob("*.png"), *folder.glob("predicted.cells.h5ad")):  # of an earlier call
-        old.unlink()
+    for old in (*folder.glob("*.png"), *folder.glob("predicted.cells.h5ad"), *folder.glob("towards.csv")):
+        old.unlink()  # of an earlier call
     effects, gene_rows = effect_rows(study)
     write_csv(folder / "predicted.csv", ("condition", "model", "n_seeds", "effect_rms", "interval",
-                                         "interaction_rms", "top_genes"), effects)
+                                         "interaction_rms", "disagreement", "priority", "top_genes"), effects)
     write_csv(folder / "predicted_genes.csv", ("condition", "model", "gene", "control", "predicted", "delta",
                                                "interval", "measured_delta"), gene_rows)
     write_predicted(folder, study, args)
-    if has_figures:
-        for name in wanted:
+    if study.has_figures:
+        for name in study.wanted:
             draw_perturbation(folder, name, study)
+    if len(study.wanted) > 2:
+        draw_heatmap(folder / "heatmap.png", study)
     warn_of_likeness(study)
-    for name, of_model, _, size, _, _, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
-        line = f"{name}: effect {size:.4f} by {of_model}; {' '.join(top.split()[:5])} ..."
+    if args.towards:
+        rank_towards(folder, study, args)
+    else:
+        for name, of_model, _, size, *_, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
+            line = f"{name}: effect {size:.4f} by {of_model}; {' '.join(top.split()[:5])} ..."
+            print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
+                                break_on_hyphens=False))
+    print(f"values{' and figures' if study.has_figures else ''}: {folder}")
+
+
+def predict(*words):
+    """What `05_eval.py` with these words predicts, from Python; nothing is written.
+
+    Returns a dict of arrays: condition, model and seed (n,), genes (G,), control (G,) the mean of the cells
+    predicted from, delta (n, G) the predicted mean change.
+    """
+    args, data, runs, embeddings, machine = set_up(parse_arguments(words))
+    study = make_study(args, data, runs, embeddings, machine)
+    keys = [(name, i) for name in study.wanted for i in range(len(study.runs)) if (name, i) in study.deltas]
+    return {"condition": np.array([name for name, _ in keys]),
+            "model": np.array([study.runs[i].name for _, i in keys]),
+            "seed": np.array([study.runs[i].seed for _, i in keys]),
+            "genes": study.data.genes, "control": study.baseline,
+            "delta": np.stack([study.deltas[key] for key in keys])}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --towards: which perturbation leads to these cells
+
+def read_goal(study, args):
+    """The change (genes,) from the cells predicted from to the mean of those that --towards names, and which
+    genes count, a mask (genes,)."""
+    data = study.data
+    targets = frozenset(args.towards.split("+")) - {prepare.CONTROL}
+    if rows := study.rows_of.get(targets):
+        state = study.screen.mean[rows].mean(0, dtype=np.float64)[study.kept]
+        return state - study.baseline, data.measured
+    if not Path(args.towards).is_file():
+        sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
+    X, genes = read_own_cells(Path(args.towards), args)
+    column = {gene: i for i, gene in enumerate(genes)}
+    counts = data.measured & np.array([gene in column for gene in data.genes])
+    if not counts.any():
+        sys.exit(f"error: {args.towards}: none of the dataset's genes is in it; see --gene-key")
+    print(f"{args.towards}: {X.shape[0]:,} cells, {counts.sum():,} genes in common")
+    state = np.zeros(len(data.genes))
+    mean = np.asarray(X.mean(axis=0)).ravel()
+    state[counts] = mean[[column[gene] for gene in data.genes[counts]]]
+    return state - study.baseline, counts
+
+
+def rank_towards(folder, study, args):
+    """Rank the perturbations by how near they lead to --towards: write towards.csv and a figure, print the
+    best. Distance: of the predicted state, relative to that without a perturbation."""
+    goal, counts = read_goal(study, args)
+    goal = goal[counts]
+    rows, best_of = [], {}
+    for of_model, places in study.runs_of.items():
+        found = []
+        for name in study.wanted:
+            deltas = [study.deltas[name, i][counts] for i in places if (name, i) in study.deltas]
+            if deltas:
+                change = np.mean(deltas, axis=0)
+                distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
+                found.append((name, correlation(change, goal), distance))
+        found.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
+        rows += [(of_model, rank, *row) for rank, row in enumerate(found, 1)]
+        best_of[of_model] = found
+        names = [name for name, *_ in found]
+        line = f"{of_model}: nearest to {args.towards} lead {', '.join(names[:5])}"
+        for rank, name in enumerate(names, 1):
+            if frozenset(study.wanted[name]) == frozenset(args.towards.split("+")) - {prepare.CONTROL}:
+                line += f"; {name} itself has rank {rank} of {len(names)}"
         print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
                             break_on_hyphens=False))
-    print(f"values{' and figures' if has_figures else ''}: {folder}")
+    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
 
+    shown_models = list(best_of)[:3]
+    figure = shared.new_figure(4 * len(shown_models), 4, f"perturbations that lead towards {args.towards}")
+    for axes, of_model in zip(np.atleast_1d(figure.subplots(1, len(shown_models))), shown_models):
+        best = best_of[of_model][:10]
+        axes.barh(range(len(best)), [likeness for _, likeness, _ in best], color=shared.COLORS[0])
+        axes.set_yticks(range(len(best)), [name for name, *_ in best], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(of_model, fontsize="small")
+        axes.set_xlabel("Pearson of the changes")
+    shared.save_figure(figure, folder / "towards.png")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What --predict writes
 
 def write_predicted(folder, study, args):
     """Write predicted.h5ad, a mean profile per perturbation and run, and on request predicted.cells.h5ad."""
     data, runs, control = study.data, study.runs, study.control
     made = shared.made_from({"controls": len(control), "seed": args.seed},
-                            {f"{run.name}, seed {run.seed}": shared.checksum(run.path) for run in runs})
-    keys = [(name, i) for name in study.wanted for i in range(len(runs))]
+                            {f"{run.name}, seed {run.seed}": shared.checksum(run.path) for run in runs
+                             if run.path})
+    keys = [(name, i) for name in study.wanted for i in range(len(runs)) if (name, i) in study.deltas]
     obs = {"condition": [name for name, _ in keys], "model": [runs[i].name for _, i in keys],
            "seed": [runs[i].seed for _, i in keys]}
     mean_control = study.baseline[data.measured].astype(np.float32)
@@ -1105,7 +1325,9 @@ def write_predicted(folder, study, args):
         blocks, labels, run_of = [], [], []
         for i, run in enumerate(runs):
             for name in (prepare.CONTROL, *study.wanted):
-                cells = control if name == prepare.CONTROL else study.cells[name, i]
+                cells = control if name == prepare.CONTROL else study.cells.get((name, i))
+                if cells is None:  # a baseline that says nothing of it
+                    continue
                 blocks.append(cells[:, data.measured])
                 labels += [name] * len(cells)
                 run_of += [run] * len(cells)
@@ -1116,6 +1338,8 @@ def warn_of_likeness(study):
     """Print a warning for a model that predicts nearly the same change for all perturbations."""
     names = list(study.wanted)[:200]
     for i, run in enumerate(study.runs) if len(names) > 1 else ():
+        if not run.path:  # a baseline
+            continue
         change = np.array([study.deltas[name, i][study.data.measured] for name in names])
         with np.errstate(invalid="ignore"):  # a model that predicts no change at all
             likeness = np.median(np.corrcoef(change)[np.triu_indices(len(change), 1)])
@@ -1124,12 +1348,40 @@ def warn_of_likeness(study):
                   f"(median correlation {likeness:.3f}): it says little of each", file=sys.stderr)
 
 
+def draw_heatmap(path, study):
+    """Draw the changes that the first model predicts: perturbations x the genes that change most, both in the
+    order of a hierarchical clustering."""
+    of_model, places = next(iter(study.runs_of.items()))
+    names = [name for name in study.wanted if (name, places[0]) in study.deltas]
+    changes = np.array([np.mean([study.deltas[name, i] for i in places], axis=0) for name in names])
+    if len(names) < 3:
+        return
+    largest = np.argsort(-np.sqrt((changes ** 2).mean(1)), kind="stable")[:60]
+    changes, names = changes[largest], np.array(names)[largest]
+    genes = most_changed(np.abs(changes).max(0), study.data, 40)
+    changes = changes[:, genes]
+    rows, columns = (hierarchy.leaves_list(hierarchy.linkage(table, "average")) for table in
+                     (changes, changes.T))
+    limit = np.abs(changes).max() or 1
+    height = max(3, 1.5 + 0.16 * len(names))
+    figure = shared.new_figure(9, height, f"change of expression that {of_model} predicts"
+                               + (" (SYNTHETIC data)" if study.data.synthetic else ""))
+    axes = figure.subplots()
+    image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(len(genes)), study.data.genes[genes][columns], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names[rows], fontsize=7)
+    figure.colorbar(image, label="log-normalized expression", shrink=0.8)
+    shared.save_figure(figure, path)
+
+
 def draw_perturbation(folder, name, study):
     """Draw how the top genes of one perturbation change in cells: as measured, if it was, and as each model
     predicts (the paper's Figures 8 and 9)."""
     data = study.data
     series = {of_model: np.concatenate([study.cells[name, i] for i in places]) - study.baseline
-              for of_model, places in study.runs_of.items()}
+              for of_model, places in study.runs_of.items() if (name, places[0]) in study.cells}
+    if not series:
+        return
     rows = study.rows_of.get(frozenset(study.wanted[name]))
     if rows:
         top = data.de_idx[rows[0]][data.de_idx[rows[0]] >= 0]
@@ -1164,16 +1416,22 @@ def draw_perturbation(folder, name, study):
 
 # ----------------------------------------------------------------------------------------------------------
 
-def parse_arguments():
+def parse_arguments(words=None):
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
     add = parser.add_argument
     add("--run", nargs="+", metavar="NAME", help="runs by the name of their folder; model files, our own or "
         "the authors', as FILE.pt or NAME=FILE.pt; released:VARIANT fetches what the authors fine-tuned on "
-        "norman or adamson (default: all finished runs)")
+        "norman or adamson; for --predict also baselines: ridge_<source>, "
+        f"{', '.join(FOR_ANY_TARGET)} (default: all finished runs; --predict without any: all baselines)")
     add("--external", nargs="+", default=[], metavar="NAME=FILE.h5ad", help="predictions of another method: "
         "obs column condition, X predicted expression per cell or per condition")
     add("--predict", nargs="+", metavar="GENE", help="only predict these perturbations, measured or not: "
         "GENE, GENE+GENE, a text file with one a line, or all-singles (every gene of the dataset)")
+    add("--controls-from", type=Path, metavar="FILE.h5ad",
+        help="--predict in these cells, unperturbed ones, instead of the screen's control cells")
+    add("--towards", metavar="CONDITION|FILE.h5ad", help="rank the perturbations of --predict (default: "
+        "all-singles) by how near they lead to the cells of a condition or of a file")
+    prepare.expression_options(parser)
     add("--skip-unknown", action="store_true", help="leave out what --predict does not know")
     add("--name", default="last", help="folder of what --predict finds (default: last)")
     add("--cells", action="store_true", help="also write every predicted cell, below the control cells, as "
@@ -1185,7 +1443,11 @@ def parse_arguments():
     add("--seed", type=shared.seed, default=42, metavar="N", help="draws the control cells (default: 42)")
     add("--batch-size", type=int, metavar="N", help="cells at a time (default: what suits the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    args = parser.parse_args()
+    args = parser.parse_args(None if words is None else list(map(str, words)))
+    if args.towards and not args.predict:
+        args.predict = ["all-singles"]
+    if args.controls_from and not args.predict:
+        sys.exit("error: --controls-from says from which cells to --predict")
     for name in ("controls", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
@@ -1253,21 +1515,24 @@ def print_next(args, data, runs):
         print(f"next, with your own cells: {shared.command('03_prepare_data.py', mine, *words)}")
 
 
-def main():
-    args = parse_arguments()
+def set_up(args):
+    """What evaluation and prediction need: args, data, runs, embeddings, machine."""
     dataset_path = args.root / "data" / args.dataset / "dataset.h5"
     data = prepare.load_dataset(dataset_path, shared.command("03_prepare_data.py", args))
     embeddings = training.find_embeddings(args.root, args.dataset)
     runs = find_models(args)
     check_names(runs, embeddings, args.external)
-    if args.predict and not runs:
-        sys.exit(f"error: no finished run to predict with; run first: {shared.command('04_train.py', args)}")
     device = training.choose_device(args.device)
     autocast, _ = training.mixed_precision(device)
     machine = SimpleNamespace(device=device, autocast=autocast, batch_size=args.batch_size)
     print("device: {}, {}".format(*training.describe_device(device)))
+    return args, data, runs, embeddings, machine
+
+
+def main():
+    args, data, runs, embeddings, machine = set_up(parse_arguments())
     if args.predict:
-        predict_perturbations(args, data, runs, machine)
+        predict_perturbations(args, data, runs, embeddings, machine)
     else:
         evaluate(args, data, runs, embeddings, machine)
 

@@ -35,7 +35,7 @@ def results(demo, stage):
     folder = demo / "results/demo"
     return SimpleNamespace(
         root=demo, folder=folder, output=done.stdout, metrics=read_csv(folder / "metrics.csv"),
-        summary=read_csv(folder / "summary.csv"),
+        summary=read_csv(folder / "summary.csv"), prepare=stage("03_prepare_data"),
         data=stage("03_prepare_data").load_dataset(demo / "data/demo/dataset.h5", ""))
 
 
@@ -502,7 +502,8 @@ def test_a_pair_and_its_reverse_are_one(predicted):
 
 def test_few_perturbations_have_a_figure_each(predicted):
     names = {path.name for path in predicted.folder.glob("*.png")}
-    assert names == {f"{label}.png" for label in ("DEMO001", "DEMO002+DEMO003", "DEMO010", "DEMO004+DEMO005")}
+    labels = ("DEMO001", "DEMO002+DEMO003", "DEMO010", "DEMO004+DEMO005", "heatmap")
+    assert names == {f"{label}.png" for label in labels}
 
 
 def contents(folder):
@@ -530,12 +531,12 @@ def test_predict_again_leaves_no_figure_of_the_call_before(root):
     assert [path.name for path in (root / "results/demo/predicted/last").glob("*.png")] == ["DEMO002.png"]
 
 
-def test_all_singles_are_all_genes_without_figures_or_cells(results, root):
+def test_all_singles_are_all_genes_without_a_figure_each_or_cells(results, root):
     run_script("05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 1, root=root)
     folder = root / "results/demo/predicted/last"
     assert {row["condition"] for row in read_csv(folder / "predicted.csv")} == set(results.data.genes)
     assert {path.name for path in folder.iterdir()} == {
-        "predicted.csv", "predicted_genes.csv", "predicted.h5ad"}
+        "predicted.csv", "predicted_genes.csv", "predicted.h5ad", "heatmap.png"}
 
 
 def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(results, evaluation):
@@ -573,10 +574,122 @@ def test_skip_unknown_goes_on_without_them(root):
     assert {row["condition"] for row in rows} == {"DEMO001"}
 
 
-def test_predicting_without_a_run_names_the_next_command(root):
+def test_without_a_run_the_baselines_predict(root):
     (root / "runs").unlink()
-    error = error_of("05_eval.py", "--predict", "DEMO001", root=root)
-    assert f"run first: python 04_train.py --root {root}" in error
+    run_script("05_eval.py", "--predict", "DEMO001", "--controls", 5, root=root)
+    models = {row["model"] for row in read_csv(root / "results/demo/predicted/last/predicted.csv")}
+    assert models >= {"non-ctrl-mean", "ridge_go_c"} and "scgpt" not in models
+
+
+def test_baselines_by_name_predict_their_change_from_the_control_mean(results, evaluation):
+    """The demo's pairs are of targets that were perturbed alone, so that all baselines know them."""
+    data = results.data
+    row = np.flatnonzero((data.split == "train") & (data.targets[:, 1] < 0))[0]
+    gene, ctrl = data.genes[data.targets[row, 0]], data.mean[data.split == "ctrl"][0]
+    found = evaluation.predict("--root", results.root, "--predict", gene, "--run", "additive", "non-ctrl-mean",
+                               "--controls", 4)
+    assert found["model"].tolist() == ["additive", "non-ctrl-mean"]
+    np.testing.assert_allclose(found["delta"][0], data.mean[row] - ctrl, atol=1e-5)
+    mean = data.mean[data.split == "train"].mean(0)
+    np.testing.assert_allclose(found["delta"][1], mean - ctrl, atol=1e-5)
+
+
+def test_the_additive_baseline_says_that_it_does_not_know_a_target(root, results):
+    data = results.data
+    gene = data.genes[data.targets[data.subgroup == "unseen_single"][0, 0]]
+    done = run_script("05_eval.py", "--predict", gene, "--run", "additive", "non-ctrl-mean", root=root)
+    assert f"additive says nothing of {gene}" in done.stdout
+    rows = read_csv(root / "results/demo/predicted/last/predicted.csv")
+    assert [row["model"] for row in rows] == ["non-ctrl-mean"]
+
+
+def test_predictions_from_python_are_those_of_the_command(results, evaluation, predicted):
+    found = evaluation.predict("--root", results.root, "--predict", "DEMO001", "--controls", 7,
+                               "--run", "scgpt")
+    rows = [row for row in predicted.genes if (row["condition"], row["model"]) == ("DEMO001", "scgpt")]
+    for row in rows:
+        delta = found["delta"][:, found["genes"].tolist().index(row["gene"])].mean()
+        assert float(row["delta"]) == pytest.approx(delta, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def own_cells(results, tmp_path_factory):
+    """Cells of another lab: counts of 100 of the demo's genes in another order, and a gene of its own."""
+    path = tmp_path_factory.mktemp("own") / "own.h5ad"
+    genes = [*results.data.genes[:100][::-1], "OTHER"]
+    counts = np.random.default_rng(3).poisson(3.0, (40, 101)).astype(np.float32)
+    results.prepare.write_h5ad(path, "{}", counts, {"cell": ["a"] * 40}, np.array(genes, dtype=object), "")
+    totals = counts.sum(1, keepdims=True)
+    return SimpleNamespace(path=path, genes=genes, log=np.log1p(counts * np.median(totals) / totals))
+
+
+def test_own_cells_are_predicted_from_over_the_genes_in_common(results, evaluation, own_cells):
+    found = evaluation.predict("--root", results.root, "--controls-from", own_cells.path, "--normalize",
+                               "--predict", "DEMO001", "DEMO120", "--run", "scgpt", "--controls", 500)
+    genes = [*results.data.genes[:100], "DEMO120"]
+    assert found["genes"].tolist() == [gene for gene in results.data.genes if gene in genes]
+    column = found["genes"].tolist().index("DEMO050")
+    expected = own_cells.log[:, own_cells.genes.index("DEMO050")].mean()  # 500 draws of 40 cells
+    assert found["control"][column] == pytest.approx(expected, abs=0.1)
+    assert found["control"][found["genes"].tolist().index("DEMO120")] == 0
+
+
+def test_own_cells_without_a_gene_in_common_are_refused(root, own_cells, results):
+    path = root / "none.h5ad"
+    results.prepare.write_h5ad(path, "{}", own_cells.log, {"cell": ["a"] * 40},
+                               np.array([f"X{i}" for i in range(101)], dtype=object), "")
+    error = error_of("05_eval.py", "--predict", "DEMO001", "--controls-from", path, root=root)
+    assert "0 of the dataset's 128 measured genes" in error
+
+
+def test_perturbations_are_ranked_by_how_near_they_lead(results, evaluation, root):
+    data = results.data
+    row = np.flatnonzero((data.split == "test") & (data.targets[:, 1] < 0))[0]
+    gene = data.genes[data.targets[row, 0]]
+    options = ["--run", "scgenept_go_c", "--controls", 20]
+    done = run_script("05_eval.py", "--towards", gene, *options, root=root)
+    rows = read_csv(root / "results/demo/predicted/last/towards.csv")
+    assert len(rows) == 128 and [row["rank"] for row in rows] == [str(rank) for rank in range(1, 129)]
+
+    found = evaluation.predict("--root", results.root, "--predict", "all-singles", *options)
+    goal = data.mean[row] - found["control"]
+    for one in rows[::40]:
+        change = found["delta"][found["condition"] == one["condition"]].mean(0)
+        assert float(one["pearson"]) == pytest.approx(np.corrcoef(change, goal)[0, 1], abs=1e-5)
+        distance = np.linalg.norm(change - goal) / np.linalg.norm(goal)
+        assert float(one["distance"]) == pytest.approx(distance, abs=1e-5)
+    rank = next(one["rank"] for one in rows if one["condition"] == gene)
+    assert f"{gene} itself has rank {rank} of 128" in " ".join(done.stdout.split())
+
+
+def test_a_goal_that_is_nothing_known_is_one_line(root):
+    error = error_of("05_eval.py", "--towards", "NOWHERE", "--run", "scgpt", root=root)
+    assert "--towards NOWHERE: neither a condition of the dataset nor a file" in error
+
+
+def test_large_and_disputed_effects_have_priority(predicted):
+    for row in predicted.ranked:
+        same = [float(other["effect_rms"]) for other in predicted.ranked
+                if other["condition"] == row["condition"]]
+        assert float(row["priority"]) == pytest.approx(np.mean(same) * float(row["disagreement"]), rel=0.05)
+
+
+def test_ranks_of_the_reverse_question_are_those_of_a_plain_loop(evaluation):
+    rng = np.random.default_rng(5)
+    predicted, true, ctrl = rng.normal(size=(7, 30)), rng.normal(size=(7, 30)), rng.normal(size=30)
+    predicted[2] = predicted[4]  # a tie
+    ranks = evaluation.retrieval_ranks(predicted, true, ctrl)
+    for i in range(7):
+        likeness = [np.corrcoef(guess - ctrl, true[i] - ctrl)[0, 1] for guess in predicted]
+        above = sum(value > likeness[i] + 1e-9 for value in likeness)
+        ties = sum(abs(value - likeness[i]) <= 1e-9 for value in likeness) - 1
+        assert ranks[i] == 1 + above + ties / 2
+
+
+def test_a_prediction_that_is_the_same_for_all_finds_nothing(evaluation):
+    true = np.random.default_rng(6).normal(size=(9, 20))
+    ranks = evaluation.retrieval_ranks(np.tile(true[0], (9, 1)), true, np.zeros(20))
+    assert (ranks == 5).all()
 
 
 def test_a_model_that_predicts_the_same_for_all_is_warned_of(results, root):
