@@ -63,7 +63,7 @@ DEMO_VARIANTS = [*VARIANTS, "scgenept_go_all,align=target-by-text"]
 DEFAULTS = {  # pretrained: Table 31 of the paper; the sizes are those of the pretrained model
     "pretrained": {"epochs": 20, "batch_size": 64, "lr": 1e-4, "genes_per_batch": 1536, "dropout": 0.2,
                    "residual": False},
-    "from scratch": {"epochs": 20, "batch_size": 64, "lr": 1e-3, "genes_per_batch": 1536, "dropout": 0.2,
+    "from scratch": {"epochs": 12, "batch_size": 64, "lr": 1e-3, "genes_per_batch": 1536, "dropout": 0.0,
                      "residual": True, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64},
     "demo": {"epochs": 6, "batch_size": 32, "lr": 2e-3, "genes_per_batch": 1536, "dropout": 0.0,
              "residual": False, "d_model": 64, "n_layers": 1, "n_heads": 4, "d_hid": 64}}

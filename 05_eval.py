@@ -45,6 +45,7 @@ some conditions before they split, and would then train on what is tested here: 
     anndata.AnnData(X, obs, pert_data.adata.var).write_h5ad("gears.h5ad")
 """
 import argparse
+import contextlib
 import csv
 import difflib
 import importlib
@@ -419,8 +420,9 @@ def ridge_profiles(data, wanted, ridge_files):
 
 
 def choose_ridge_files(embeddings):
-    """{source: file of vectors} for the ridge regressions: published and concat where there is a choice."""
-    return {source: found.get(("published", "concat")) or next(iter(found.values()))
+    """{source: file of vectors} for the ridge regressions: published and concat where there is a choice, and
+    whole vectors (lsa, not lsa-64)."""
+    return {source: found.get(("published", "concat")) or found[min(found)]
             for source, found in embeddings.items()}
 
 
@@ -452,29 +454,34 @@ def all_baselines(data, test, ridge_files):
 # ----------------------------------------------------------------------------------------------------------
 # Another method's predictions
 
-def read_external(item, data, test):
+def read_external(item, data, test, args):
     """Another method's predictions, NAME=FILE.h5ad: obs column `condition`, X expression, per cell or per
     condition. Conditions match by their targets, genes by symbol.
 
     Returns the name and mean profiles (P, G), NaN for conditions that the file lacks.
     """
     name, _, path = item.partition("=")
-    if not path or not Path(path).exists():
+    if not Path(path).is_file():
         sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad, a file that exists")
     shared.check_name(name, "--external")
-    with shared.read_h5(path) as file:
-        prepare.check_is_anndata(file, path)
-        genes, _ = prepare.read_genes(file["var"], None, path)
-        labels, label_of_cell = prepare.read_column(file["obs"], "condition", path)
-        blocks = prepare.read_blocks(file["X"], path, len(label_of_cell), len(genes))
-        means = label_means(blocks, label_of_cell, len(labels), len(genes))
+    with prepare.open_cells(Path(path), args.root / "data" / args.dataset) as h5ad:
+        with shared.read_h5(h5ad) as file:
+            prepare.check_is_anndata(file, path)
+            matrix, var = prepare.find_matrix(file, args.layer, path)
+            genes, _ = prepare.read_genes(var, args.gene_key, path)
+            labels, label_of_cell = prepare.read_column(file["obs"], "condition", path)
+            blocks = prepare.read_blocks(matrix, path, len(label_of_cell), len(genes))
+            means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
 
     column = {gene: i for i, gene in enumerate(genes)}
     missing = [gene for gene in test.genes if gene not in column]
     if missing:
-        sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: {shown(missing, 3)}")
-    row_of = {frozenset(label.replace(" ", "").split("+")) - {prepare.CONTROL}: row
-              for row, label in enumerate(labels) if np.isfinite(means[row]).all()}
+        sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: {shown(missing, 3)} (it "
+                 f"has {shown(genes, 3)})")
+    row_of, known = {}, set(data.genes)
+    for row, label in enumerate(labels):
+        with contextlib.suppress(ValueError):  # a label that is no condition
+            row_of[frozenset(parse_perturbation(label, known, args))] = row
     profiles = np.full(test.true.shape, np.nan)
     for i, row in enumerate(test.rows):
         targets = frozenset(data.genes[data.targets[row][data.targets[row] >= 0]])
@@ -483,31 +490,41 @@ def read_external(item, data, test):
     found = profiles[np.isfinite(profiles).all(1)]
     if not len(found):
         sys.exit(f"error: {path}: obs/condition has none of the {len(test.rows)} test conditions, such as "
-                 f"{test.names[0]!r}")
-    refuse_other_values(found, test.ctrl, path)
+                 f"{test.names[0]!r}, or NaN in all of them")
+    print(f"{name}: {len(found)} of the {len(test.rows)} test conditions are in {path}")
+    check_values(found, is_whole, test.ctrl, path)
     return name, profiles
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from read_blocks' blocks."""
+    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from read_blocks' blocks;
+    and whether all values are whole numbers."""
     cells = np.flatnonzero(label_of_cell >= 0)
     is_of_label = sparse.csc_matrix((np.ones(len(cells)), (label_of_cell[cells], cells)),
                                     shape=(n_labels, len(label_of_cell)))
-    sums = np.zeros((n_labels, n_genes))
+    sums, is_whole = np.zeros((n_labels, n_genes)), True
     for cells, genes, X in blocks:
         sums[:, genes] += (is_of_label[:, cells] @ X).toarray()
+        is_whole = is_whole and (X.data == np.round(X.data)).all()
     with np.errstate(invalid="ignore"):
-        return sums / np.asarray(is_of_label.sum(axis=1))
+        return sums / np.asarray(is_of_label.sum(axis=1)), is_whole
 
 
-def refuse_other_values(profiles, ctrl, path):
-    """End the run for profiles (n, G) that cannot be log-normalized expression. ctrl (G,): the control's."""
+def check_values(profiles, is_whole, ctrl, path):
+    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale.
+
+    is_whole: whether all values were whole numbers; ctrl (G,): the dataset's control profile.
+    """
     is_near_zero = (profiles ** 2).mean() < ((profiles - ctrl) ** 2).mean()
     if profiles.min() < -1 or (profiles.min() < 0 and is_near_zero):
         looks_like = "values around 0, as changes and z-scores have"
-    elif profiles.max() > prepare.LARGEST_LOG:
-        looks_like = f"values up to {profiles.max():,.0f}, as counts have"
+    elif profiles.max() > prepare.LARGEST_LOG or is_whole:
+        looks_like = f"{'whole ' * is_whole}values up to {profiles.max():,.0f}, as counts have"
     else:
+        ratio = np.expm1(profiles).sum(1).mean() / np.expm1(ctrl).sum()
+        if not 0.5 < ratio < 2:
+            print(f"warning: {path}: before the logarithm, its cells sum to {ratio:.2g} times what the dataset's "
+                  "do; expected the units of the dataset", file=sys.stderr)
         return
     sys.exit(f"error: {path}: {looks_like}; expected log-normalized expression, in the units of the dataset")
 
@@ -908,16 +925,17 @@ def read_perturbations(args, data):
 
 
 def parse_perturbation(label, known, args):
-    """The genes of a label of --predict: as `A+B`, or as labels of the user's own file are written."""
-    rules = SimpleNamespace(control=[prepare.CONTROL], separator="+", target_regex=None, upper_case=False,
-                            genes=known)
-    genes = prepare.parse_condition(label, rules)
+    """The genes of a label: as `A+B`, as labels of the user's own file are written, or as `A_B` (GEARS)."""
+    plain = {"control": [], "separator": "+", "target_regex": None, "upper_case": False}
+    genes = prepare.parse_condition(label, prepare.make_rules(SimpleNamespace(**plain), known))
     if set(genes) <= known:
         return genes
-    made = shared.recorded_made_from(args.root / "data" / args.dataset / "dataset.h5")
-    own_rules = SimpleNamespace(**{**json.loads(made)["options"], "genes": known})
-    own = prepare.parse_condition(label, own_rules)
-    return own if set(own) <= known else genes
+    own = json.loads(shared.recorded_made_from(args.root / "data" / args.dataset / "dataset.h5"))["options"]
+    for options in (own, plain | {"separator": "_"}):
+        others = prepare.parse_condition(label, prepare.make_rules(SimpleNamespace(**options), known))
+        if set(others) <= known:
+            return others
+    return genes
 
 
 def read_vocab(args, data):
@@ -1127,11 +1145,8 @@ def read_own_cells(path, args):
     """The cells of a user's AnnData file: (cells, genes) CSR, log-normalized, and genes."""
     if not path.is_file():
         sys.exit(f"error: {path} does not exist")
-    folder = args.root / "data" / args.dataset
-    try:
-        return prepare.read_cells(prepare.open_cells(path, folder), args, path)
-    finally:
-        (folder / ".unpacked.h5ad").unlink(missing_ok=True)
+    with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
+        return prepare.read_cells(h5ad, args, path)
 
 
 def choose_cells(study, args):
@@ -1479,7 +1494,7 @@ def evaluate(args, data, runs, embeddings, machine):
           "control cells to predict from")
 
     # Mean profiles: (model, seed, predicted (P, G), true (P, G))
-    external = [(*read_external(item, data, test), test.true) for item in args.external]
+    external = [(*read_external(item, data, test, args), test.true) for item in args.external]
     profiles = [(run.name, run.seed, predict_run(run, args, data, test, machine), test.true) for run in runs]
     profiles += [(name, "", means, true) for name, means, true in external]
     ridge_files = choose_ridge_files(embeddings)

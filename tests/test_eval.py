@@ -618,7 +618,7 @@ def own_cells(results, tmp_path_factory):
     path = tmp_path_factory.mktemp("own") / "own.h5ad"
     genes = [*results.data.genes[:100][::-1], "OTHER"]
     counts = np.random.default_rng(3).poisson(3.0, (40, 101)).astype(np.float32)
-    results.prepare.write_h5ad(path, "{}", counts, {"cell": ["a"] * 40}, np.array(genes, dtype=object), "")
+    results.prepare.write_h5ad(path, "{}", counts, {"condition": ["a"] * 40}, np.array(genes, dtype=object), "")
     totals = counts.sum(1, keepdims=True)
     return SimpleNamespace(path=path, genes=genes, log=np.log1p(counts * np.median(totals) / totals))
 
@@ -636,7 +636,7 @@ def test_own_cells_are_predicted_from_over_the_genes_in_common(results, evaluati
 
 def test_own_cells_without_a_gene_in_common_are_refused(root, own_cells, results):
     path = root / "none.h5ad"
-    results.prepare.write_h5ad(path, "{}", own_cells.log, {"cell": ["a"] * 40},
+    results.prepare.write_h5ad(path, "{}", own_cells.log, {"condition": ["a"] * 40},
                                np.array([f"X{i}" for i in range(101)], dtype=object), "")
     error = error_of("05_eval.py", "--predict", "DEMO001", "--controls-from", path, root=root)
     assert "0 of the dataset's 128 measured genes" in error
