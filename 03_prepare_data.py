@@ -21,8 +21,14 @@ one label of the cells stands for: the control (`ctrl`), one target (`KLF1+ctrl`
 X has to be log-normalized expression, or raw counts with --normalize. A target that the data does not measure
 joins as a gene with expression 0, so that it can be flagged as perturbed; it never counts in a loss or a
 metric.
+
+dataset.h5, of G genes and P conditions: X (cells x G, CSR: data, indices, indptr; float32), genes (G),
+token_ids (G, rows of the vocabulary), measured (G), conditions (P), cell_condition (cells, rows of
+conditions), targets (P x K, rows of genes, -1 = none), split (P; train, val, test, ctrl), subgroup (P), mean
+(P x G), de_idx (P x 20, rows of genes).
 """
 import argparse
+import contextlib
 import difflib
 import fnmatch
 import gzip
@@ -522,14 +528,22 @@ def read_demo(args):
 HOW_TO_CONVERT = "not an AnnData file (h5ad); read it with anndata or scanpy and save it with write_h5ad"
 
 
+@contextlib.contextmanager
 def open_cells(path, folder, sha256=None):
-    """The path of an h5ad file: `path` itself, or what a .gz or a zip holds, unpacked to `folder`.
+    """Yield the path of an h5ad file: `path` itself, or what a .gz or a zip holds, in `folder` for as long as
+    the block lasts.
 
     Ends the run where the unpacked file has another SHA-256 than this, or `path` is a file of another kind.
     """
-    if h5py.is_hdf5(path):
-        return path
     unpacked = folder / ".unpacked.h5ad"
+    try:
+        yield path if h5py.is_hdf5(path) else unpack(path, unpacked, sha256)
+    finally:
+        unpacked.unlink(missing_ok=True)
+
+
+def unpack(path, unpacked, sha256=None):
+    """Unpack the h5ad in a .gz or a zip to the path `unpacked`, and return that."""
     try:
         with open_packed(path) as source, open(unpacked, "wb") as file:
             print(f"unpacking {path}")
@@ -1205,10 +1219,8 @@ def main():
         print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
         cells = read_demo(args)
     else:
-        try:
-            cells = read_h5ad(open_cells(source, folder, sha256), args, source, vocab_path)
-        finally:
-            (folder / ".unpacked.h5ad").unlink(missing_ok=True)
+        with open_cells(source, folder, sha256) as h5ad:
+            cells = read_h5ad(h5ad, args, source, vocab_path)
 
     # Genes, split, means and differential expression
     vocab = read_vocab(vocab_path) if vocab_path else None

@@ -269,9 +269,9 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
 
     gene_ids (G,): vocabulary rows; control (N, G): log-normalized expression; perturbed_idx: positions
     (0..G-1) of the perturbed genes; batch_size: cells at a time, by default about 5,000 values on a CPU,
-    whose memory is slow, and on a GPU 80,000, or what fits into half of its free memory. Returns (N, G) float32 (numpy). Memory grows with batch_size,
-    not with N. Leaves the model in its mode. Raises ValueError for shapes that disagree, positions outside
-    the genes, and genes that the model has no row for.
+    whose memory is slow, and on a GPU 80,000, or what fits into half of its free memory. Returns (N, G)
+    float32 (numpy). Memory grows with batch_size, not with N. Leaves the model in its mode. Raises ValueError
+    for shapes that disagree, positions outside the genes, and genes that the model has no row for.
     """
     device = model.pert_encoder.weight.device
     gene_ids = torch.as_tensor(np.asarray(gene_ids), dtype=torch.long)
@@ -416,7 +416,7 @@ def _read(path):
     """The dict in a torch file, without running any code that the file might carry."""
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception:  # torch raises many kinds for a broken file, and advises to run what is in it
         raise ValueError(f"{path}: expected weights as torch.save writes them (a dict of names and tensors), "
