@@ -476,8 +476,8 @@ def read_external(item, data, test, args):
     column = {gene: i for i, gene in enumerate(genes)}
     missing = [gene for gene in test.genes if gene not in column]
     if missing:
-        sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: {shown(missing, 3)} (it "
-                 f"has {shown(genes, 3)})")
+        sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: {shown(missing, 3)}; "
+                 f"it has {shown(genes, 3)}")
     row_of, known = {}, set(data.genes)
     for row, label in enumerate(labels):
         with contextlib.suppress(ValueError):  # a label that is no condition
@@ -505,7 +505,7 @@ def label_means(blocks, label_of_cell, n_labels, n_genes):
     sums, is_whole = np.zeros((n_labels, n_genes)), True
     for cells, genes, X in blocks:
         sums[:, genes] += (is_of_label[:, cells] @ X).toarray()
-        is_whole = is_whole and (X.data == np.round(X.data)).all()
+        is_whole = is_whole and bool((X.data == np.round(X.data)).all())
     with np.errstate(invalid="ignore"):
         return sums / np.asarray(is_of_label.sum(axis=1)), is_whole
 
@@ -523,8 +523,8 @@ def check_values(profiles, is_whole, ctrl, path):
     else:
         ratio = np.expm1(profiles).sum(1).mean() / np.expm1(ctrl).sum()
         if not 0.5 < ratio < 2:
-            print(f"warning: {path}: before the logarithm, its cells sum to {ratio:.2g} times what the dataset's "
-                  "do; expected the units of the dataset", file=sys.stderr)
+            print(f"warning: {path}: before the logarithm, its profiles sum to {ratio:.1f} times what the "
+                  "dataset's do; expected the units of the dataset", file=sys.stderr)
         return
     sys.exit(f"error: {path}: {looks_like}; expected log-normalized expression, in the units of the dataset")
 

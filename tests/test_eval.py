@@ -1,5 +1,6 @@
 """05_eval.py: predictions, baselines, tables, figures and files, against plain loops and other readers."""
 import csv
+import gzip
 import io
 import json
 import shutil
@@ -410,12 +411,38 @@ def test_a_method_worse_than_no_change_on_most_conditions_is_not_called_best(res
     (lambda means, ctrl: means - ctrl, "values around 0, as changes and z-scores have"),
     (lambda means, ctrl: (means - ctrl) / 100, "values around 0, as changes and z-scores have"),
     (lambda means, ctrl: scipy.stats.zscore(means), "values around 0, as changes and z-scores have"),
-    (lambda means, ctrl: np.expm1(means) * 100, "as counts have")])
+    (lambda means, ctrl: np.expm1(means) * 100, "as counts have"),
+    (lambda means, ctrl: np.round(means * 4), "whole values up to"),
+    (lambda means, ctrl: means * np.nan, "NaN in all of them")])
 def test_values_that_are_no_log_normalized_expression_are_refused_with_what_they_look_like(
         results, root, change, words):
     labels, means, ctrl = held_out_means(results.data)
     path = write_external(root / "x.h5ad", labels, results.data.genes, change(means, ctrl))
     assert words in error_of("05_eval.py", "--external", f"other={path}", root=root)
+
+
+def test_another_method_may_write_pairs_as_gears_does_in_a_gzipped_file(results, root):
+    labels, means, _ = held_out_means(results.data)
+    labels = [label.replace("+ctrl", "").replace("+", "_") for label in labels]
+    path = write_external(root / "x.h5ad", labels, results.data.genes, means)
+    packed = root / "x.h5ad.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    done = run_script("05_eval.py", "--external", f"a={packed}", "--run", "scgpt", "--controls", 1, root=root)
+    assert f"a: 46 of the 46 test conditions are in {packed}" in done.stdout
+    assert "warning" not in done.stderr
+
+
+def test_another_method_on_another_scale_is_warned_of(results, root):
+    labels, means, _ = held_out_means(results.data)
+    path = write_external(root / "x.h5ad", labels, results.data.genes, np.log1p(np.expm1(means) * 10))
+    done = run_script("05_eval.py", "--external", f"a={path}", "--run", "scgpt", "--controls", 1, root=root)
+    assert "times what the dataset's do" in done.stderr
+
+
+def test_a_file_of_another_kind_is_no_prediction(root):
+    (root / "x.csv").write_text("gene,value\n")
+    error = error_of("05_eval.py", "--external", f"a={root / 'x.csv'}", root=root)
+    assert "a text file (csv, tsv?), not an AnnData file" in error
 
 
 def test_an_external_file_without_a_test_condition_or_with_too_few_genes_is_refused(results, root):

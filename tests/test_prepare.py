@@ -282,10 +282,10 @@ def test_unpacked_cells_of_another_checksum_than_known_are_refused(prepare, tmp_
     content = write_h5ad(tmp_path / "cells.h5ad").read_bytes()
     with zipfile.ZipFile(tmp_path / "gears.zip", "w") as archive:
         archive.writestr("norman/perturb_processed.h5ad", content)
-    unpacked = prepare.open_cells(tmp_path / "gears.zip", tmp_path, hashlib.sha256(content).hexdigest())
-    assert unpacked.read_bytes() == content
+    with prepare.open_cells(tmp_path / "gears.zip", tmp_path, hashlib.sha256(content).hexdigest()) as unpacked:
+        assert unpacked.read_bytes() == content
     with pytest.raises(SystemExit, match="gears.zip: the cells in it are not those expected"):
-        prepare.open_cells(tmp_path / "gears.zip", tmp_path, "0" * 64)
+        prepare.unpack(tmp_path / "gears.zip", unpacked, "0" * 64)
 
 
 def test_the_dense_counts_layer_is_never_read(tmp_path):
