@@ -1141,12 +1141,21 @@ def keep_genes(data, kept):
     return SimpleNamespace(**(vars(data) | by_gene))
 
 
-def read_own_cells(path, args):
-    """The cells of a user's AnnData file: (cells, genes) CSR, log-normalized, and genes."""
+def read_own_cells(path, args, data):
+    """The cells of a user's AnnData file: (cells, genes) CSR, log-normalized, and genes. Cells that are on
+    another scale than the dataset's are brought to it, by the totals over the genes in common."""
     if not path.is_file():
         sys.exit(f"error: {path} does not exist")
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
-        return prepare.read_cells(h5ad, args, path)
+        X, genes = prepare.read_cells(h5ad, args, path)
+    in_data = np.isin(genes.astype(str), data.genes[data.measured].astype(str))
+    in_file = data.measured & np.isin(data.genes.astype(str), genes.astype(str))
+    control = data.X[data.ctrl_cells][:, in_file]
+    wanted, total = [np.median(prepare.cell_totals(cells.expm1())) for cells in (control, X[:, in_data])]
+    if total > 0 and not 0.5 < wanted / total < 2:
+        print(f"{path}: its cells sum to {total / wanted:.1f} times what the dataset's do: scaled to those")
+        X = prepare.normalize(X.expm1(), np.full(X.shape[0], wanted / total))
+    return X, genes
 
 
 def choose_cells(study, args):
@@ -1163,7 +1172,7 @@ def choose_cells(study, args):
         study.kept, study.data = np.ones(len(data.genes), dtype=bool), data
         return
 
-    X, genes = read_own_cells(args.controls_from, args)
+    X, genes = read_own_cells(args.controls_from, args, data)
     column = {gene: i for i, gene in enumerate(genes)}
     in_file = np.array([gene in column for gene in data.genes])
     n_both = (in_file & data.measured).sum()
@@ -1270,7 +1279,7 @@ def read_goal(study, args):
         return state - study.baseline, data.measured
     if not Path(args.towards).is_file():
         sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
-    X, genes = read_own_cells(Path(args.towards), args)
+    X, genes = read_own_cells(Path(args.towards), args, data)
     column = {gene: i for i, gene in enumerate(genes)}
     counts = data.measured & np.array([gene in column for gene in data.genes])
     if not counts.any():

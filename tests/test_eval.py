@@ -661,6 +661,16 @@ def test_own_cells_are_predicted_from_over_the_genes_in_common(results, evaluati
     assert found["control"][found["genes"].tolist().index("DEMO120")] == 0
 
 
+def test_own_cells_on_another_scale_are_brought_to_the_datasets(results, evaluation, root):
+    data = results.data
+    log = data.X[data.ctrl_cells].toarray()
+    path = root / "own.h5ad"
+    results.prepare.write_h5ad(path, "{}", np.log1p(np.expm1(log) * 30), {"condition": ["a"] * len(log)}, data.genes, "")
+    own = evaluation.read_own_cells(path, SimpleNamespace(root=root, dataset="demo", layer=None, gene_key=None,
+                                                          upper_case=False, normalize=False), data)
+    np.testing.assert_allclose(own[0].toarray(), log, atol=1e-4)
+
+
 def test_own_cells_without_a_gene_in_common_are_refused(root, own_cells, results):
     path = root / "none.h5ad"
     results.prepare.write_h5ad(path, "{}", own_cells.log, {"condition": ["a"] * 40},
