@@ -76,7 +76,7 @@ ALIGN = {  # --align: what it changes in the model's Config
     "batchnorm": {"layer_norm": False, "batch_norm": True},
     "weights": {"modality_weights": True}, "two-encoders": {"two_encoders": True},
     "target-by-text": {"target_by_text": True}}
-CPU_MEMORY = 4e9  # bytes for the cells that go through the model at once
+CPU_MEMORY = 2.5e9  # bytes for the cells that go through the model at once; malloc takes twice as many
 PATIENCE = 10  # epochs without a lower validation error before a run stops
 LOG_COLUMNS = ("epoch", "train_mse", "val_mse", "lr", "seconds", "cells_per_second")
 

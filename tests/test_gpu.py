@@ -30,14 +30,15 @@ def training(stage):
 
 @pytest.fixture(scope="module")
 def data():
-    """60 cells x 40 genes, two of them outside the vocabulary and one unmeasured; 27 cells train, 8 a batch."""
+    """60 cells x 40 genes, two outside the vocabulary and one unmeasured; 27 cells train, 8 a batch."""
     rng = np.random.default_rng(0)
     X = sparse.random(60, 40, 0.4, "csr", random_state=0, dtype=np.float32)
     return SimpleNamespace(
         X=X, genes=np.array([f"G{i}" for i in range(40)], dtype=object), measured=np.arange(40) != 5,
         token_ids=np.append(rng.permutation(47)[:38], [47, 47]), pad_id=47, n_tokens=50,
         conditions=np.array(["ctrl", "G3+ctrl", "G7+G21", "G9+ctrl"], dtype=object),
-        split=np.array(["ctrl", "train", "train", "val"]), cell_condition=np.repeat([0, 1, 2, 3], [9, 9, 9, 33]),
+        split=np.array(["ctrl", "train", "train", "val"]),
+        cell_condition=np.repeat([0, 1, 2, 3], [9, 9, 9, 33]),
         targets=np.array([[-1, -1], [3, -1], [7, 21], [9, -1]]), ctrl_cells=np.arange(9))
 
 
@@ -100,7 +101,8 @@ def test_three_steps_in_parts_give_the_weights_of_whole_batches(training, data, 
         net, job, state = prepared(training, data, vectors, machine_of(), variant, *options,
                                    "--cells-at-once", cells_at_once)
         assert (job.n_steps, job.cells_at_once) == (3, cells_at_once)
-        results.append((training.train_epoch(net, state, job, 1), net.state_dict(), training.validate(net, job)))
+        error = training.train_epoch(net, state, job, 1)
+        results.append((error, net.state_dict(), training.validate(net, job)))
     (loss, whole, val), (loss_of_parts, of_parts, val_of_parts) = results
     assert loss_of_parts == pytest.approx(loss, rel=1e-5) and val_of_parts == pytest.approx(val, rel=1e-5)
     for key, value in whole.items():
@@ -210,7 +212,8 @@ def peak(net, n_cells):  # bytes beyond those before the step
 for options in json.loads(sys.argv[2]):
     if options.get("languages"):
         options["n_language_rows"] = GENES
-    net = model.ScGenePT(model.Config(n_tokens=400, pad_id=397, n_heads=4, **{"attention_dropout": 0} | options))
+    options = {"n_tokens": 400, "pad_id": 397, "n_heads": 4, "attention_dropout": 0} | options
+    net = model.ScGenePT(model.Config(**options))
     if options.get("languages"):
         net.set_language(range(GENES), {"s": torch.rand(GENES, 32)})
     peak(net, 1)  # the gradients of the weights
@@ -229,8 +232,8 @@ def test_cells_at_once_is_within_a_factor_of_two_of_the_memory_that_a_step_takes
             base | language | {"two_encoders": True}, base | language | {"target_by_text": True},
             base | language | {"modality_weights": True}]
     returns_memory = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed, to the system
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(KIT), json.dumps(ways)], capture_output=True, text=True,
-                          env=returns_memory)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(KIT), json.dumps(ways)], capture_output=True,
+                          text=True, env=returns_memory)
     assert done.returncode == 0, done.stderr
     ratios = [float(line) for line in done.stdout.split()]
     assert len(ratios) == len(ways) and all(0.5 < ratio < 2 for ratio in ratios), ratios
@@ -260,7 +263,8 @@ def test_precision_is_bfloat16_or_on_older_gpus_float16_and_float32_elsewhere(tr
     ("scgpt", ["--no-residual"]), ("scgpt-tokens", []), ("scgpt-counts", []), ("scgenept_s", []),
     ("genept_s", []), *(("scgenept_s", ["--align", way]) for way in (
         "linear", "normalized", "batchnorm", "weights", "two-encoders", "target-by-text"))])
-def test_bfloat16_gives_the_error_and_gradients_of_float32_but_for_rounding(training, data, vectors, variant, options):
+def test_bfloat16_gives_the_error_and_gradients_of_float32_but_for_rounding(
+        training, data, vectors, variant, options):
     options = (*options, "--lr", 1e-4)
     loss, expected = gradients(training, *prepared(training, data, vectors, machine_of(), variant, *options))
     net, job, state = prepared(training, data, vectors, in_bfloat16(), variant, *options)
@@ -365,7 +369,8 @@ def test_outputs_and_gradients_on_the_gpu_are_those_of_the_released_implementati
     gene_ids, expression, perturbed = (x.to(CUDA) for x in inputs(arrays))
     with torch.no_grad():
         output = net.eval()(gene_ids, expression, perturbed).cpu().numpy()
-    np.testing.assert_allclose(output, arrays["output"], atol=1e-4 * np.abs(arrays["output"]).max(), rtol=1e-4)
+    tolerance = 1e-4 * np.abs(arrays["output"]).max()
+    np.testing.assert_allclose(output, arrays["output"], atol=tolerance, rtol=1e-4)
 
     target = torch.from_numpy(arrays["target"]).to(CUDA)
     loss = ((net.train()(gene_ids, expression, perturbed) - target) ** 2).mean()
@@ -380,7 +385,8 @@ def test_outputs_and_gradients_on_the_gpu_are_those_of_the_released_implementati
 @on_gpu
 def test_predictions_on_the_gpu_are_those_of_the_cpu_and_in_its_precision_nearly_so(training):
     torch.manual_seed(0)
-    net = model.ScGenePT(model.Config(n_tokens=600, pad_id=597, d_model=128, n_heads=4, d_hid=128, n_layers=3)).eval()
+    config = model.Config(n_tokens=600, pad_id=597, d_model=128, n_heads=4, d_hid=128, n_layers=3)
+    net = model.ScGenePT(config).eval()
     control = np.random.default_rng(0).random((20, 500), dtype=np.float32) * 3
     expected = model.predict(net, np.arange(500), control, [7])
     net.to(CUDA)
@@ -405,9 +411,11 @@ def test_a_training_epoch_on_the_gpu_is_that_of_the_cpu_but_for_rounding(trainin
 @on_gpu
 def test_where_the_gpus_memory_is_short_the_cells_at_once_are_halved(training, vectors, capsys):
     data = SimpleNamespace(
-        X=sparse.random(200, 500, 0.3, "csr", random_state=0, dtype=np.float32), measured=np.ones(500, dtype=bool),
+        X=sparse.random(200, 500, 0.3, "csr", random_state=0, dtype=np.float32),
+        measured=np.ones(500, dtype=bool),
         genes=np.arange(500), token_ids=np.arange(500), pad_id=597, n_tokens=600, ctrl_cells=np.arange(100),
-        conditions=np.array(["ctrl", "G3+ctrl", "G4+ctrl"], dtype=object), split=np.array(["ctrl", "train", "val"]),
+        conditions=np.array(["ctrl", "G3+ctrl", "G4+ctrl"], dtype=object),
+        split=np.array(["ctrl", "train", "val"]),
         cell_condition=np.repeat([0, 1, 2], [100, 50, 50]), targets=np.array([[-1], [3], [4]]))
     options = ("--d-model", 256, "--n-layers", 4, "--n-heads", 4, "--d-hid", 256, "--batch-size", 64,
                "--genes-per-batch", 500)
@@ -422,7 +430,8 @@ def test_where_the_gpus_memory_is_short_the_cells_at_once_are_halved(training, v
     total = torch.cuda.get_device_properties(CUDA).total_memory
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7e9) / total)  # of about 2 GB
+    room = torch.cuda.memory_reserved() + 0.7e9  # the batch takes about 2 GB
+    torch.cuda.set_per_process_memory_fraction(room / total)
     try:
         n_cells, loss_again, repeated = result(64)
     finally:
