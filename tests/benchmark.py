@@ -6,10 +6,10 @@
     python tests/benchmark.py gpu                    all figures of a graphics card, in about eight minutes
     python tests/benchmark.py gpu --device cpu --quick     its lines, without a card
 
-Parts: train, parts (a batch of 64 cells, a few at a time), predict, growth, prepare (stage 03 on a file as large
-as Norman), large (on one of 500,000 cells x 20,000 genes), batches, annotations (stage 01's parsers), help; gpu.
-Every measurement runs in a process of its own, so that its peak memory is its own. The full size needs about
-20 GB of memory (the plain implementation does) and 6 GB of disk.
+Parts: train, parts (a batch of 64 cells, a few at a time), predict, growth, prepare (stage 03 on a file as
+large as Norman), large (on one of 500,000 cells x 20,000 genes), batches, annotations (stage 01's parsers),
+help; gpu. Every measurement runs in a process of its own, so that its peak memory is its own. The full size
+needs about 20 GB of memory (the plain implementation does) and 6 GB of disk.
 
 Measured with OMP_NUM_THREADS=1 on a machine of two CPU cores that did other work, too; float32, torch 2.13,
 12 layers of width 512. One core multiplied large matrices at 114 GFLOP/s.
@@ -242,9 +242,9 @@ def train(kind, cells, genes, layers, steps, **network):
 
 
 def predict(kind, cells, genes, layers, outside):
-    """Seconds a cell of predicting `cells` cells with as many zeros as Norman's have, the faster of two runs. A
-    share `outside` of the genes is not in the vocabulary. The plain implementation takes one cell at a time, as
-    the released code does."""
+    """Seconds a cell of predicting `cells` cells with as many zeros as Norman's have, the faster of two runs.
+    A share `outside` of the genes is not in the vocabulary. The plain implementation takes one cell at a time,
+    as the released code does."""
     import torch
     import model
     torch.manual_seed(0)
@@ -709,7 +709,7 @@ PARTS = {function.__name__.removeprefix("part_"): function for function in
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all but gpu)")
     parser.add_argument("--quick", action="store_true",
                         help="a fraction of the sizes, where the goals need not be met")
     parser.add_argument("--device", default="cuda", help="of the part gpu: cuda, cuda:1, cpu (default: cuda)")
