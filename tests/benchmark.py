@@ -243,7 +243,7 @@ def train(kind, cells, genes, layers, steps, **network):
 
 def predict(kind, cells, genes, layers, outside):
     """Seconds a cell of predicting `cells` cells with as many zeros as Norman's have, the faster of two runs.
-    A share `outside` of the genes is not in the vocabulary. The plain implementation takes one cell at a time,
+    A share `outside` of genes is not in the vocabulary. The plain implementation takes one cell at a time,
     as the released code does."""
     import torch
     import model
