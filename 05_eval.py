@@ -1530,7 +1530,9 @@ def evaluate(args, data, runs, embeddings, machine):
 def print_next(args, data, runs):
     """Print commands that may come next."""
     if not runs:
-        print(f"next: {shared.command('04_train.py', args)}")
+        own = SimpleNamespace(dataset=args.dataset, root=args.root,
+                              vocab="none" if data.vocab == "own genes" else None)
+        print(f"next: {prepare.next_command(own)}")
     elif args.dataset == "demo":
         singles = data.genes[data.targets[data.subgroup == "unseen_single"][:2, 0]]
         print(f"next: {shared.command('05_eval.py', args, '--predict', *singles, '+'.join(singles))}")
