@@ -528,7 +528,9 @@ def train_epoch(net, state, job, epoch):
                          f"lower --lr {settings['lr']:g}")
             progress.set_postfix(mse=f"{mse:.4g}")
     total, n_taken = sum_over_processes([total, n_taken], machine)
-    return total / max(n_taken, 1)
+    if not n_taken:
+        sys.exit(f"error: every step of epoch {epoch} overflowed in float16; lower --lr {settings['lr']:g}")
+    return total / n_taken
 
 
 def add_gradients(net, state, job, cells, genes):
