@@ -818,6 +818,17 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids):
     return order
 
 
+def find_expression(file, args, source):
+    """The matrix that the options layer, gene_key and upper_case name in an AnnData file, the table of its
+    genes, and their symbols and ids (G,)."""
+    check_is_anndata(file, source)
+    matrix, var = find_matrix(file, args.layer, source)
+    genes, gene_ids = read_genes(var, args.gene_key, source)
+    if args.upper_case:
+        genes = np.array([gene.upper() for gene in genes], dtype=object)
+    return matrix, var, genes, gene_ids
+
+
 def read_h5ad(path, args, source, vocab_path=None):
     """What this stage takes of an AnnData file, as a namespace: X (cells, G) CSR float32 of the cells and
     genes kept, genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and
@@ -826,11 +837,7 @@ def read_h5ad(path, args, source, vocab_path=None):
     source: how to call the file in messages; vocab_path: where scGPT's vocabulary goes if it is not there
     """
     with shared.read_h5(path) as file:
-        check_is_anndata(file, source)
-        matrix, var = find_matrix(file, args.layer, source)
-        genes, gene_ids = read_genes(var, args.gene_key, source)
-        if args.upper_case:
-            genes = np.array([gene.upper() for gene in genes], dtype=object)
+        matrix, var, genes, gene_ids = find_expression(file, args, source)
         n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
         if n_ids > len(genes) / 2 and vocab_path:
             sys.exit(f"error: {source}: the genes are Ensembl ids ({genes[0]}), the vocabulary has symbols; "
@@ -866,18 +873,11 @@ def read_h5ad(path, args, source, vocab_path=None):
                            cell_condition=cell_condition[kept], rankings=rankings)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# AnnData files: writing
-
 def read_cells(path, args, source):
     """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
-        check_is_anndata(file, source)
-        matrix, var = find_matrix(file, args.layer, source)
-        genes, _ = read_genes(var, args.gene_key, source)
-        if args.upper_case:
-            genes = np.array([gene.upper() for gene in genes], dtype=object)
+        matrix, _, genes, _ = find_expression(file, args, source)
         n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
 
         def blocks():
@@ -891,6 +891,9 @@ def read_cells(path, args, source):
         X, _ = read_expression(blocks, kept, scale, np.zeros(len(genes), dtype=bool), None)
     return X, genes
 
+
+# ----------------------------------------------------------------------------------------------------------
+# AnnData files: writing
 
 def write_h5ad(path, made, X, obs, genes, description, control=None):
     """Write X (rows, genes), dense or CSR, as an AnnData file with obs {column: values}.

@@ -1172,6 +1172,7 @@ def choose_cells(study, args):
         study.kept, study.data = np.ones(len(data.genes), dtype=bool), data
         return
 
+    # What the file and the dataset share
     X, genes = read_own_cells(args.controls_from, args, data)
     column = {gene: i for i, gene in enumerate(genes)}
     in_file = np.array([gene in column for gene in data.genes])
@@ -1183,6 +1184,8 @@ def choose_cells(study, args):
     print(words)
     if n_both < data.measured.sum() / 2:
         print("warning: under half of the genes: what is predicted rests on few of them", file=sys.stderr)
+
+    # The dataset over these genes and the targets, which have expression 0 where the file lacks them
     targets = {gene for wanted in study.wanted.values() for gene in wanted}
     study.kept = in_file | np.array([gene in targets for gene in data.genes])
     study.data = keep_genes(data, study.kept)
