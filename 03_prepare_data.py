@@ -31,8 +31,10 @@ import argparse
 import contextlib
 import difflib
 import fnmatch
+import functools
 import gzip
 import importlib
+import itertools
 import re
 import shlex
 import shutil
@@ -394,39 +396,53 @@ def make_split(targets_of, args, rules, source):
 # ----------------------------------------------------------------------------------------------------------
 # Expression
 
-def moments(X, cell_condition, n_conditions):
-    """Mean and variance (ddof 1; 0 for a single cell) of each condition: CSR (cells, G)
-    -> two float64 arrays (P, G)."""
-    n_genes = X.shape[1]
-    mean, variance = np.zeros((2, n_conditions, n_genes))
-    for condition in range(n_conditions):
-        cells = X[np.flatnonzero(cell_condition == condition)]
-        n = cells.shape[0]
-        values = cells.data.astype(np.float64)
-        mean[condition] = np.bincount(cells.indices, values, n_genes) / n
-        squares = np.bincount(cells.indices, values ** 2, n_genes)
-        variance[condition] = np.maximum(squares - n * mean[condition] ** 2, 0) / max(n - 1, 1)
+def moments(blocks, cell_condition, n_conditions, n_genes):
+    """Mean and variance (ddof 1; 0 for a single cell) of each condition: two float64 arrays (P, G).
+
+    blocks: the expression matrix piece by piece, CSR (some cells, G or the first genes of G); cell_condition
+    (cells,): the condition of each cell of all blocks.
+    """
+    sums, squares = np.zeros((2, n_conditions, n_genes))
+    n_read = 0
+    for X in blocks:
+        conditions = cell_condition[n_read:n_read + X.shape[0]]
+        n_read += X.shape[0]
+        X = X.astype(np.float64)
+        add_by_condition(sums, X, conditions)
+        X.data **= 2
+        add_by_condition(squares, X, conditions)
+
+    mean, variance = sums, squares  # turned into these in place: they can be gigabytes
+    for row, n in enumerate(np.bincount(cell_condition, minlength=n_conditions)):
+        mean[row] /= n
+        variance[row] = np.maximum(squares[row] - n * mean[row] ** 2, 0) / max(n - 1, 1)
     return mean, variance
 
 
+def add_by_condition(total, X, conditions):
+    """Add each row of X (cells, genes), CSR, to the row of total (P, G) that `conditions` (cells,) names."""
+    cells = np.arange(len(conditions))
+    is_of = sparse.csr_matrix((np.ones(len(cells)), (conditions, cells)), shape=(len(total), len(cells)))
+    sums = (is_of @ X).tocoo()
+    total[sums.row, sums.col] += sums.data
+
+
 def rank_de(mean, variance, n_cells, ctrl, n_measured):
-    """Top differentially expressed genes (P, 20) by |t| of a Welch-type t-test against control, -1 for
-    control itself.
+    """Top differentially expressed genes, int32 (P, 20), by |t| of a Welch-type t-test against control: -1
+    for control itself, and where there are fewer genes.
 
     mean, variance (P, G), n_cells (P,), ctrl: row of the control; only the first n_measured genes are ranked.
     As scanpy's rank_genes_groups(method="t-test", reference=control, rankby_abs=True).
     """
-    difference = mean - mean[ctrl]
-    error = np.sqrt(variance / n_cells[:, None] + variance[ctrl] / n_cells[ctrl])
-    score = np.abs(np.divide(difference, error, out=np.zeros_like(difference), where=error > 0))
-    return top_genes(np.argsort(-score[:, :n_measured], axis=1, kind="stable"), ctrl)
-
-
-def top_genes(order, ctrl):
-    """The first 20 of each row of gene indices (P, n) as int32 (P, 20), -1 for control and after the last."""
-    top = np.full((len(order), N_TOP), -1, dtype=np.int32)
-    top[:, :min(N_TOP, order.shape[1])] = order[:, :N_TOP]
-    top[ctrl] = -1
+    mean, variance = mean[:, :n_measured], variance[:, :n_measured]
+    top = np.full((len(mean), N_TOP), -1, dtype=np.int32)
+    for row in range(len(mean)):
+        if row != ctrl:
+            difference = mean[row] - mean[ctrl]
+            error = np.sqrt(variance[row] / n_cells[row] + variance[ctrl] / n_cells[ctrl])
+            score = np.divide(difference, error, out=np.zeros_like(difference), where=error > 0)
+            order = np.argsort(-np.abs(score), kind="stable")[:N_TOP]
+            top[row, :len(order)] = order
     return top
 
 
@@ -512,14 +528,15 @@ def simulate_demo():
 
 
 def read_demo(args):
-    """The demo's cells, in the form of read_h5ad."""
+    """The demo's cells, in the form of open_h5ad."""
     X, genes, labels = simulate_demo()
     genes = np.array(genes, dtype=object)
     labels, label_of_cell = np.unique(labels, return_inverse=True)
     conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, "the demo")
     kept = cell_condition >= 0
-    return SimpleNamespace(X=X[kept], genes=genes, conditions=conditions, cell_condition=cell_condition[kept],
-                           targets_of=targets_of, rankings=None)
+    X = X[kept]
+    return SimpleNamespace(blocks=lambda: [X], n_values=X.nnz, genes=genes, conditions=conditions,
+                           targets_of=targets_of, cell_condition=cell_condition[kept], rankings=None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -707,6 +724,7 @@ def read_blocks(X, path, n_cells, n_genes):
         except ValueError as error:
             sys.exit(f"error: {path}: {X.name} is damaged, or of another shape ({error})")
         block.sum_duplicates()
+        block.eliminate_zeros()
         rows = slice(start, stop)
         yield (rows, slice(None), block) if by_cells else (slice(None), rows, block)
 
@@ -723,20 +741,23 @@ def read_dense_blocks(X, path, n_cells, n_genes):
         yield cells, slice(None), sparse.csr_matrix(X[cells].astype(np.float32, copy=False))
 
 
-def scan_expression(blocks, n_cells, args, source, layers):
-    """Each cell's total (cells,), and whether the values are counts, which --normalize makes logarithms.
+def scan_expression(blocks, is_wanted, n_genes, args, source, layers):
+    """Look through an expression matrix. Returns each cell's total (cells,); each gene's number of values
+    other than 0 in the wanted cells (G,); whether the values are counts, which --normalize makes logarithms.
 
-    blocks() yields the matrix as read_blocks does; layers: what the file has besides, for the message. Ends
-    the run for values that are neither logarithms nor counts.
+    blocks() yields the matrix as read_blocks does; is_wanted (cells,) bool; layers: what the file has
+    besides, for the message. Ends the run for values that are neither logarithms nor counts.
     """
-    totals, is_counts, largest, smallest = np.zeros(n_cells), True, 0, 0
-    for cells, _, X in blocks():
+    totals, n_values = np.zeros(len(is_wanted)), np.zeros(n_genes, dtype=np.int64)
+    is_counts, largest, smallest = True, 0, 0
+    for cells, genes, X in blocks():
         if not np.isfinite(X.data).all():
             sys.exit(f"error: {source}: NaN or infinite values in the expression matrix{layers}")
         smallest = min(smallest, X.data.min(initial=0))
         largest = max(largest, X.data.max(initial=0))
         is_counts = is_counts and (X.data == np.round(X.data)).all()
         totals[cells] += cell_totals(X)
+        n_values[genes] += choose_cells(X, is_wanted[cells]).getnnz(axis=0)
     if largest == smallest == 0:
         sys.exit(f"error: {source}: nothing but zeros in the expression matrix{layers}")
     if args.normalize and not is_counts and largest > LARGEST_LOG and smallest >= 0:
@@ -757,39 +778,52 @@ def scan_expression(blocks, n_cells, args, source, layers):
     if not is_counts and (largest > USUAL_LOG or has_same_sums):
         sign = "all cells have the same sum" if has_same_sums else f"values up to {largest:.1f}"
         print(f"warning: {source}: {sign}; normalized, but not log-transformed?", file=sys.stderr)
-    return totals, is_counts
+    return totals, n_values, is_counts
 
 
-def read_expression(blocks, kept, scale, is_target, n_genes_kept):
-    """Expression of the kept cells and the chosen genes as CSR float32, and which genes those are, bool (G,).
+def choose_cells(X, is_wanted):
+    """The wanted cells, (cells,) bool, of a matrix (cells, genes)."""
+    return X if is_wanted.all() else X[is_wanted]
 
-    blocks() yields X in pieces (as read_blocks), kept (cells,) and is_target (G,) are bool; scale (cells,)
-    normalizes counts, None leaves values as they are. X is read once or twice: memory holds what is kept.
-    """
-    def kept_blocks():
-        for cells, genes, X in blocks():
-            X = normalize(X, scale[cells]) if scale is not None else X
-            yield genes, X if kept.all() else X[kept[cells]]
 
-    chosen = np.ones(len(is_target), dtype=bool)
-    if n_genes_kept:
-        sums, squares = np.zeros((2, len(is_target)))  # of the values before the logarithm
-        for genes, X in kept_blocks():
-            X = np.expm1(X).astype(np.float64)
-            sums[genes] += np.asarray(X.sum(axis=0)).ravel()
-            squares[genes] += np.asarray(X.power(2).sum(axis=0)).ravel()
-        n = kept.sum()
-        mean = sums / n
-        variable = most_variable(mean, (squares - n * mean ** 2) / max(n - 1, 1), n_genes_kept)
-        chosen = variable | is_target
-        print(f"--n-genes {n_genes_kept}: kept the {variable.sum():,} most variable of {len(chosen):,} genes "
-              f"and {(chosen & ~variable).sum():,} more that are targets")
-    parts = [X if chosen.all() else X[:, chosen[genes]] for genes, X in kept_blocks()]
-    if parts[0].format == "csr":
-        return sparse.vstack(parts, format="csr"), chosen
-    X = sparse.hstack(parts, format="csc")
-    del parts  # before X is in memory a second time
-    return X.tocsr(), chosen
+def log_blocks(blocks, kept, scale):
+    """The kept cells (cells,) of blocks(), which yields a matrix as read_blocks does, log-normalized: yields
+    (genes, matrix). scale (cells,) normalizes counts; None leaves values as they are."""
+    for cells, genes, X in blocks():
+        X = normalize(X, scale[cells]) if scale is not None else X
+        yield genes, choose_cells(X, kept[cells])
+
+
+def choose_variable(logs, is_target, n_cells, n_wanted):
+    """Which genes --n-genes keeps, (G,) bool: the most variable of log_blocks' `logs`, and targets (G,)."""
+    sums, squares = np.zeros((2, len(is_target)))  # of the values before the logarithm
+    for genes, X in logs:
+        X = np.expm1(X).astype(np.float64)
+        sums[genes] += np.asarray(X.sum(axis=0)).ravel()
+        squares[genes] += np.asarray(X.power(2).sum(axis=0)).ravel()
+    mean = sums / n_cells
+    variance = (squares - n_cells * mean ** 2) / max(n_cells - 1, 1)
+    is_variable = most_variable(mean, variance, n_wanted)
+    chosen = is_variable | is_target
+    print(f"--n-genes {n_wanted}: kept the {is_variable.sum():,} most variable of {len(chosen):,} genes "
+          f"and {(chosen & ~is_variable).sum():,} more that are targets")
+    return chosen
+
+
+def csr_blocks(logs, chosen):
+    """The chosen genes (G,) bool of log_blocks' `logs`, as CSR matrices of some cells each. What lies by
+    genes (CSC) has to be in memory as a whole, and comes as one."""
+    by_genes = []
+    for genes, X in logs:
+        X = X if chosen.all() else X[:, chosen[genes]]
+        if X.format == "csr":
+            yield X
+        else:
+            by_genes.append(X)
+    if by_genes:
+        whole = sparse.hstack(by_genes, format="csc")
+        by_genes.clear()  # before the cells are in memory a second time
+        yield whole.tocsr()
 
 
 def read_rankings(file, path, conditions, label_of_cell, gene_ids):
@@ -829,74 +863,89 @@ def find_expression(file, args, source):
     return matrix, var, genes, gene_ids
 
 
-def read_h5ad(path, args, source, vocab_path=None):
-    """What this stage takes of an AnnData file, as a namespace: X (cells, G) CSR float32 of the cells and
-    genes kept, genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and
-    the file's rankings (P, 20) or None.
+def expression_blocks(path, args, source, n_cells, n_genes):
+    """Yield the expression matrix of an AnnData file piece by piece, as read_blocks."""
+    with shared.read_h5(path) as file:
+        matrix, _ = find_matrix(file, args.layer, source)
+        yield from read_blocks(matrix, source, n_cells, n_genes)
+
+
+def open_h5ad(path, args, source, vocab_path=None):
+    """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
+    cells and genes kept, CSR matrices of some cells each (float32), and the number of values in them,
+    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and the
+    file's rankings (P, 20) or None.
 
     source: how to call the file in messages; vocab_path: where scGPT's vocabulary goes if it is not there
     """
     with shared.read_h5(path) as file:
-        matrix, var, genes, gene_ids = find_expression(file, args, source)
+        _, var, genes, gene_ids = find_expression(file, args, source)
         n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
         if n_ids > len(genes) / 2 and vocab_path:
             sys.exit(f"error: {source}: the genes are Ensembl ids ({genes[0]}), the vocabulary has symbols; "
                      f"choose their column with --gene-key ({columns_of(var)})")
         labels, label_of_cell = read_column(file["obs"], args.condition_key, source)
         conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
-        if vocab_path:  # not before labels and genes have been found to be in order
-            shared.download(shared.VOCAB, vocab_path)
+        layers = other_layers(file)
+    if vocab_path:  # not before labels and genes have been found to be in order
+        shared.download(shared.VOCAB, vocab_path)
 
-        def blocks():
-            return read_blocks(matrix, source, len(label_of_cell), len(genes))
+    # Cells
+    raw = functools.partial(expression_blocks, path, args, source, len(label_of_cell), len(genes))
+    is_wanted = cell_condition >= 0
+    totals, n_values, is_counts = scan_expression(raw, is_wanted, len(genes), args, source, layers)
+    is_empty = (totals == 0) & is_wanted
+    if is_empty.any():
+        print(f"{is_empty.sum():,} cells without any expression: left out")
+        cell_condition[is_empty] = -1
+    kept = cell_condition >= 0
+    n_cells = np.bincount(cell_condition[kept], minlength=len(conditions))
+    if not n_cells.all():
+        sys.exit(f"error: {source}: no cell with any expression in {shown(conditions[n_cells == 0])}; "
+                 "leave those out with --drop")
 
-        totals, is_counts = scan_expression(blocks, len(label_of_cell), args, source, other_layers(file))
-        is_empty = (totals == 0) & (cell_condition >= 0)
-        if is_empty.any():
-            print(f"{is_empty.sum():,} cells without any expression: left out")
-            cell_condition[is_empty] = -1
-        kept = cell_condition >= 0
-        n_cells = np.bincount(cell_condition[kept], minlength=len(conditions))
-        if not n_cells.all():
-            sys.exit(f"error: {source}: no cell with any expression in {shown(conditions[n_cells == 0])}; "
-                     "leave those out with --drop")
-
-        scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
+    # Genes
+    scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
+    chosen = np.ones(len(genes), dtype=bool)
+    if args.n_genes:
         targets = {gene for of_condition in targets_of.values() for gene in of_condition}
         is_target = np.isin(genes.astype(str), list(targets))
-        X, chosen = read_expression(blocks, kept, scale, is_target, args.n_genes)
-        rankings = None
-        if not is_counts and kept.all() and args.layer is None:
+        chosen = choose_variable(log_blocks(raw, kept, scale), is_target, kept.sum(), args.n_genes)
+    rankings = None
+    if not is_counts and kept.all() and args.layer is None:
+        with shared.read_h5(path) as file:
             condition_of_cell = conditions[cell_condition]
             rankings = read_rankings(file, source, conditions, condition_of_cell, gene_ids[chosen])
-    return SimpleNamespace(X=X, genes=genes[chosen], conditions=conditions, targets_of=targets_of,
-                           cell_condition=cell_condition[kept], rankings=rankings)
+    return SimpleNamespace(
+        blocks=lambda: csr_blocks(log_blocks(raw, kept, scale), chosen), n_values=n_values[chosen].sum(),
+        genes=genes[chosen], conditions=conditions, targets_of=targets_of,
+        cell_condition=cell_condition[kept], rankings=rankings)
 
 
 def read_cells(path, args, source):
     """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
-        matrix, _, genes, _ = find_expression(file, args, source)
+        _, _, genes, _ = find_expression(file, args, source)
         n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
-
-        def blocks():
-            return read_blocks(matrix, source, n_cells, len(genes))
-
-        totals, is_counts = scan_expression(blocks, n_cells, args, source, other_layers(file))
-        kept = totals > 0
-        if not kept.any():
-            sys.exit(f"error: {source}: no cell with any expression")
-        scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
-        X, _ = read_expression(blocks, kept, scale, np.zeros(len(genes), dtype=bool), None)
-    return X, genes
+        layers = other_layers(file)
+    raw = functools.partial(expression_blocks, path, args, source, n_cells, len(genes))
+    everyone = np.ones(n_cells, dtype=bool)
+    totals, _, is_counts = scan_expression(raw, everyone, len(genes), args, source, layers)
+    kept = totals > 0
+    if not kept.any():
+        sys.exit(f"error: {source}: no cell with any expression")
+    scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
+    blocks = csr_blocks(log_blocks(raw, kept, scale), np.ones(len(genes), dtype=bool))
+    return sparse.vstack(list(blocks), format="csr"), genes
 
 
 # ----------------------------------------------------------------------------------------------------------
 # AnnData files: writing
 
 def write_h5ad(path, made, X, obs, genes, description, control=None):
-    """Write X (rows, genes), dense or CSR, as an AnnData file with obs {column: values}.
+    """Write X as an AnnData file with obs {column: values}: a CSR matrix, or one after the other its rows
+    (genes,), an array or a generator.
 
     With `control` (genes,), the mean of control cells, it also gets the layers `control` and `delta`. The
     index of obs is the condition where that is unique. Format: anndata 0.8 and later, which scanpy opens.
@@ -907,17 +956,32 @@ def write_h5ad(path, made, X, obs, genes, description, control=None):
     about = {"description": description, "control": CONTROL, **shared.provenance(made)}
     with shared.write_h5(path, made) as file:
         mark(file, "anndata", "0.1.0")
-        write_matrix(file, "X", X)
-        write_table(file, "obs", index, obs)
-        write_table(file, "var", genes, {"gene_name": genes})
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             mark(file.create_group(name), "dict", "0.1.0")
+        if sparse.issparse(X):
+            list(write_blocks(file, "X", [X], X.nnz, X.shape))
+        else:
+            write_rows(file, X, (len(index), len(genes)), control)
+        write_table(file, "obs", index, obs)
+        write_table(file, "var", genes, {"gene_name": genes})
         for name in ("description", "control", "command", "date", "versions", "made_from"):
             file["uns"].create_dataset(name, data=about[name], dtype=h5py.string_dtype())
             mark(file["uns"][name], "string")
+
+
+def write_rows(file, rows, shape, control=None):
+    """Write the rows (genes,) of a dense matrix as X of an AnnData file, a thousand at a time, and with
+    `control` (genes,) the layers `control` and `delta`."""
+    for name in ("X",) if control is None else ("X", "layers/control", "layers/delta"):
+        mark(file.create_dataset(name, shape, np.float32), "array")
+    rows = iter(rows)
+    for start in range(0, shape[0], 1000):
+        block = np.stack(list(itertools.islice(rows, 1000)))
+        part = slice(start, start + len(block))
+        file["X"][part] = block
         if control is not None:
-            write_matrix(file["layers"], "control", np.broadcast_to(control, X.shape))
-            write_matrix(file["layers"], "delta", X - control)
+            file["layers/control"][part] = np.broadcast_to(control, block.shape)
+            file["layers/delta"][part] = block - control
 
 
 def mark(item, kind, version="0.2.0"):
@@ -925,17 +989,22 @@ def mark(item, kind, version="0.2.0"):
     item.attrs.update({"encoding-type": kind, "encoding-version": version})
 
 
-def write_matrix(group, name, X):
-    """Write a dense or CSR matrix as AnnData does."""
-    if isinstance(X, np.ndarray):
-        group[name] = X.astype(np.float32, copy=False)
-        mark(group[name], "array")
-        return
+def write_blocks(group, name, blocks, n_values, shape):
+    """Write CSR matrices of some cells each as one, of n_values values in all, as AnnData does, and yield
+    each when it is written. In one stretch and not compressed: ExpressionMatrix maps it into memory."""
     matrix = group.create_group(name)
     mark(matrix, "csr_matrix", "0.1.0")
-    matrix.attrs["shape"] = np.array(X.shape)
-    matrix["data"], matrix["indptr"] = X.data, X.indptr
-    matrix["indices"] = X.indices.astype(np.int32, copy=False)
+    matrix.attrs["shape"] = np.array(shape)
+    data = matrix.create_dataset("data", (n_values,), np.float32)
+    indices = matrix.create_dataset("indices", (n_values,), np.int32)
+    indptr, n_written = [[0]], 0
+    for X in blocks:
+        part = slice(n_written, n_written + X.nnz)
+        data[part], indices[part] = X.data, X.indices
+        indptr.append(n_written + X.indptr[1:].astype(np.int64))
+        n_written += X.nnz
+        yield X
+    matrix["indptr"] = np.concatenate(indptr)
 
 
 def write_table(file, name, index, columns):
@@ -960,14 +1029,13 @@ def number_genes(cells, vocab, source):
     """Give the genes of the dataset their numbers, as a namespace: names (G,), token_ids (G,), measured (G,)
     bool, targets (P, K) as positions among them (-1: none), n_tokens and pad_id of the vocabulary.
 
-    Targets that the data does not measure join at the end, with columns of zeros in cells.X. vocab: {symbol:
-    row} of scGPT's vocabulary, or None: every gene is a token of its own.
+    Targets that the data does not measure join at the end. vocab: {symbol: row} of scGPT's vocabulary, or
+    None: every gene is a token of its own.
     """
     n_measured = len(cells.genes)
     all_targets = {gene for targets in cells.targets_of.values() for gene in targets}
     unmeasured = sorted(all_targets - set(cells.genes))
     names = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
-    cells.X.resize(cells.X.shape[0], len(names))
     if vocab is None:
         token_ids, n_tokens, pad_id = np.arange(len(names)), len(names) + 1, len(names)
     else:
@@ -1008,11 +1076,10 @@ def check_known(genes, vocab, source):
     print(f"warning: only {found}", file=sys.stderr)
 
 
-def write_dataset(path, made, attributes, cells, genes, split, subgroup, mean, de_idx):
-    """Write dataset.h5; load_dataset reads it."""
+def write_dataset(path, made, attributes, cells, genes, split, subgroup):
+    """Write dataset.h5, with each condition's mean and ranking of genes; load_dataset reads it."""
     with shared.write_h5(path, made) as file:
         file.attrs.update(attributes)
-        write_matrix(file, "X", cells.X)
         shared.write_strings(file, "genes", genes.names)
         shared.write_strings(file, "conditions", cells.conditions)
         shared.write_strings(file, "split", [split[condition] for condition in cells.conditions])
@@ -1021,14 +1088,46 @@ def write_dataset(path, made, attributes, cells, genes, split, subgroup, mean, d
         file["measured"] = genes.measured
         file["cell_condition"] = cells.cell_condition.astype(np.int32)
         file["targets"] = genes.targets
+
+        # X goes from file to file in pieces, and the means are added up on the way
+        n_conditions, n_genes = len(cells.conditions), len(genes.names)
+        blocks = write_blocks(file, "X", cells.blocks(), cells.n_values, (len(cells.cell_condition), n_genes))
+        mean, variance = moments(blocks, cells.cell_condition, n_conditions, n_genes)
         file["mean"] = mean.astype(np.float32)
-        file["de_idx"] = de_idx
+        if cells.rankings is None:
+            n_cells = np.bincount(cells.cell_condition)
+            ctrl = list(cells.conditions).index(CONTROL)
+            file["de_idx"] = rank_de(mean, variance, n_cells, ctrl, genes.measured.sum())
+        else:
+            file["de_idx"] = cells.rankings.astype(np.int32)
+
+
+class ExpressionMatrix:
+    """The expression of a dataset, (cells, genes), which stays on disk: X[cells] reads these rows, an array
+    of indices, as CSR.
+
+    The file is mapped into memory: what was read lately is there for as long as no program needs the space.
+    """
+    def __init__(self, group, n_genes):
+        self.indptr = group["indptr"][:].astype(np.int64)
+        self.shape = len(self.indptr) - 1, n_genes
+        self.data, self.indices = (
+            np.memmap(group.file.filename, group[name].dtype, "r", group[name].id.get_offset(),
+                      group[name].shape) for name in ("data", "indices"))
+
+    def __getitem__(self, cells):
+        starts = self.indptr[cells]
+        n = self.indptr[cells + 1] - starts
+        indptr = np.concatenate([[0], np.cumsum(n)])
+        places = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], n)
+        return sparse.csr_matrix((self.data[places], self.indices[places], indptr),
+                                 shape=(len(n), self.shape[1]))
 
 
 def load_dataset(path, made_by):
-    """dataset.h5 as a namespace: X (CSR), genes, token_ids, measured, conditions, cell_condition, targets,
-    split, subgroup, mean, de_idx as in the file, its attributes, and ctrl_cells, the indices of the control
-    cells."""
+    """dataset.h5 as a namespace: X (an ExpressionMatrix), genes, token_ids, measured, conditions,
+    cell_condition, targets, split, subgroup, mean, de_idx as in the file, its attributes, and ctrl_cells, the
+    indices of the control cells."""
     data = SimpleNamespace()
     with shared.read_h5(path, made_by) as file:
         for name in ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx"):
@@ -1037,9 +1136,7 @@ def load_dataset(path, made_by):
             setattr(data, name, file[name].asstr()[:])
         data.synthetic, data.vocab = bool(file.attrs["synthetic"]), str(file.attrs["vocab"])
         data.n_tokens, data.pad_id = int(file.attrs["n_tokens"]), int(file.attrs["pad_id"])
-        X = file["X"]
-        shape = (len(data.cell_condition), len(data.genes))
-        data.X = sparse.csr_matrix((X["data"][:], X["indices"][:], X["indptr"][:]), shape=shape)
+        data.X = ExpressionMatrix(file["X"], len(data.genes))
     data.ctrl_cells = np.flatnonzero(data.split[data.cell_condition] == "ctrl")
     return data
 
@@ -1217,31 +1314,20 @@ def main():
         print(f"next: {next_command(args)}")
         return
 
-    # Cells
-    if source is None:
+    is_demo = source is None
+    if is_demo:
         print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
-        cells = read_demo(args)
-    else:
-        with open_cells(source, folder, sha256) as h5ad:
-            cells = read_h5ad(h5ad, args, source, vocab_path)
+    with contextlib.nullcontext() if is_demo else open_cells(source, folder, sha256) as h5ad:
+        cells = read_demo(args) if is_demo else open_h5ad(h5ad, args, source, vocab_path)
+        vocab = read_vocab(vocab_path) if vocab_path else None
+        genes = number_genes(cells, vocab, source)
+        split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes), source)
 
-    # Genes, split, means and differential expression
-    vocab = read_vocab(vocab_path) if vocab_path else None
-    genes = number_genes(cells, vocab, source)
-    split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes), source)
-    ctrl = list(cells.conditions).index(CONTROL)
-    n_cells = np.bincount(cells.cell_condition)
-    mean, variance = moments(cells.X, cells.cell_condition, len(cells.conditions))
-    if cells.rankings is None:
-        de_idx = rank_de(mean, variance, n_cells, ctrl, genes.measured.sum())
-    else:
-        de_idx = top_genes(cells.rankings, ctrl)
-
-    vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
-    attributes = {"dataset": args.dataset, "synthetic": source is None, "vocab": vocab_name,
-                  "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
-    made = dataset_made_from(args, source, vocab_path)
-    write_dataset(path, made, attributes, cells, genes, split, subgroup, mean, de_idx)
+        vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
+        attributes = {"dataset": args.dataset, "synthetic": is_demo, "vocab": vocab_name,
+                      "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
+        made = dataset_made_from(args, source, vocab_path)
+        write_dataset(path, made, attributes, cells, genes, split, subgroup)
     print_summary(args, cells, genes, split, subgroup, vocab)
     print(f"wrote {path}\nnext: {next_command(args)}")
 

@@ -38,6 +38,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -373,8 +374,8 @@ def expression_reader(X, device):
 def whole_matrix_reader(X, device):
     """expression_reader for a GPU with room for the whole matrix: a batch is one indexing operation there."""
     whole = torch.empty(X.shape, device=device)
-    for start in range(0, X.shape[0], 4096):
-        whole[start:start + 4096] = torch.from_numpy(X[start:start + 4096].toarray())
+    for cells in np.array_split(np.arange(len(whole)), math.ceil(len(whole) / 4096)):
+        whole[cells[0]:cells[-1] + 1] = torch.from_numpy(X[cells].toarray())
     return lambda cells, genes: whole[on_device(cells, device)[:, None], on_device(genes, device)]
 
 
@@ -431,6 +432,32 @@ def perturbed_flags(data, cells, genes):
     """Which of `genes` (L,) are targets of each of `cells` (B,): bool (B, L)."""
     targets = data.targets[data.cell_condition[cells]]  # (B, K)
     return (targets[:, :, None] == genes).any(axis=1)
+
+
+def read_batch(cells, genes, job):
+    """This process's share of a batch (B cells, L genes), as a namespace: token_ids and measured (L,), input,
+    target and flags (B, L) on the device; n_values, the number of measured values of target."""
+    device = job.machine.device
+    cells = cells[job.machine.rank::job.machine.n_processes]
+    gene_idx = on_device(genes, device)
+    return SimpleNamespace(
+        token_ids=job.token_ids[gene_idx], measured=job.measured[gene_idx],
+        input=job.expression(job.input_cell[cells], genes), target=job.expression(cells, genes),
+        flags=on_device(perturbed_flags(job.data, cells, genes), device),
+        n_values=len(cells) * int(job.data.measured[genes].sum()))
+
+
+def read_ahead(steps, job):
+    """Yield read_batch of each (cells, genes) of `steps`. A thread reads the next one meanwhile: the cells
+    may lie on a disk."""
+    with ThreadPoolExecutor(1) as thread:
+        following = None
+        for cells, genes in steps:
+            batch, following = following, thread.submit(read_batch, cells, genes, job)
+            if batch:
+                yield batch.result()
+        if following:
+            yield following.result()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -501,14 +528,14 @@ def train_epoch(net, state, job, epoch):
     cells_in_order = rng.permutation(job.train_cells)[:job.n_steps * settings["batch_size"]]
     steps = batches(job.data, cells_in_order, settings["batch_size"], settings["genes_per_batch"], rng,
                     settings["targets_in_batch"])
-    progress = tqdm(steps, f"  epoch {epoch}", job.n_steps, unit_scale=settings["batch_size"], unit=" cells",
+    progress = tqdm(read_ahead(steps, job), f"  epoch {epoch}", job.n_steps, unit_scale=settings["batch_size"], unit=" cells",
                     leave=False, disable=True if machine.rank else None)
     total, n_taken = torch.zeros((), device=machine.device), torch.zeros((), device=machine.device)
     net.train()
-    for step, (cells, genes) in enumerate(progress, 1):
+    for step, batch in enumerate(progress, 1):
         # Dropout does not depend on how the run came here
         torch.manual_seed(int(random_stream("dropout", job.seed, epoch, step, machine.rank).integers(2**63)))
-        loss = add_gradients(net, state, job, cells, genes)
+        loss = add_gradients(net, state, job, batch)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         state.scaler.step(state.optimizer)
@@ -533,12 +560,12 @@ def train_epoch(net, state, job, epoch):
     return total / n_taken
 
 
-def add_gradients(net, state, job, cells, genes):
+def add_gradients(net, state, job, batch):
     """The gradients of a batch's mean squared error, with fewer cells at once where a GPU's memory is too
     small. Returns this process's error, without gradient."""
     while True:
         try:
-            return add_parts(net, state, job, parts_of(cells, job), genes)
+            return add_parts(net, state, job, batch)
         except torch.cuda.OutOfMemoryError:
             is_whole = job.machine.n_processes > 1 or job.settings["align"] == "batchnorm"
             if job.cells_at_once == 1 or is_whole:
@@ -550,25 +577,26 @@ def add_gradients(net, state, job, cells, genes):
         torch.cuda.empty_cache()
 
 
-def add_parts(net, state, job, parts, genes):
+def add_parts(net, state, job, batch):
     """Add up the gradients of a batch, one part of its cells after the other: what one piece would give, in
     less memory."""
-    n = sum(map(len, parts)) * int(job.data.measured[genes].sum())
+    parts = parts_of(batch, job)
     total = torch.zeros((), device=job.machine.device)
     for part in parts:
         is_last = part is parts[-1]  # with several processes, it also exchanges the gradients
         with contextlib.nullcontext() if is_last or job.machine.n_processes == 1 else net.no_sync():
-            loss = squared_error(net, job, part, genes) / n
+            loss = squared_error(net, job, batch, part) / batch.n_values
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def parts_of(cells, job):
-    """This process's share of a batch, as a list of parts that fit into the memory together with their
-    gradients."""
-    cells = cells[job.machine.rank::job.machine.n_processes]
-    return np.array_split(cells, math.ceil(len(cells) / job.cells_at_once)) if len(cells) else []
+def parts_of(batch, job):
+    """The cells of a batch (see read_batch), as slices that fit into the memory with their gradients."""
+    n_cells = len(batch.flags)
+    n_parts = math.ceil(n_cells / job.cells_at_once)
+    bounds = [n_cells * part // max(n_parts, 1) for part in range(n_parts + 1)]
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
 @torch.no_grad()
@@ -579,23 +607,19 @@ def validate(net, job):
     settings, rng = job.settings, random_stream("validation", job.seed)
     steps = batches(job.data, job.val_cells, settings["batch_size"], settings["genes_per_batch"], rng)
     squared, n = torch.zeros((), device=job.machine.device), 0
-    for cells, genes in steps:
-        for part in parts_of(cells, job):
-            squared += squared_error(net, job, part, genes)
-            n += len(part) * int(job.data.measured[genes].sum())
+    for batch in read_ahead(steps, job):
+        for part in parts_of(batch, job):
+            squared += squared_error(net, job, batch, part)
+        n += batch.n_values
     squared, n = sum_over_processes([squared, torch.tensor(n, device=squared.device)], job.machine)
     return squared / n
 
 
-def squared_error(net, job, cells, genes):
-    """Squared error summed over cells x measured genes."""
-    device = job.machine.device
-    flags = on_device(perturbed_flags(job.data, cells, genes), device)  # (B, L)
-    gene_idx = on_device(genes, device)
+def squared_error(net, job, batch, part):
+    """Squared error of a part of a batch, a slice of its cells, summed over cells x measured genes."""
     with job.machine.autocast():
-        predicted = net(job.token_ids[gene_idx], job.expression(job.input_cell[cells], genes), flags)
-    measured = job.measured[gene_idx]
-    return ((predicted.float() - job.expression(cells, genes)) ** 2 * measured).sum()
+        predicted = net(batch.token_ids, batch.input[part], batch.flags[part])
+    return ((predicted.float() - batch.target[part]) ** 2 * batch.measured).sum()
 
 
 def cells_at_once(net, n_genes, settings, machine):

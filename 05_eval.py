@@ -48,8 +48,8 @@ import argparse
 import contextlib
 import csv
 import difflib
+import hashlib
 import importlib
-import io
 import itertools
 import json
 import math
@@ -571,12 +571,11 @@ def by_condition(rows, metric):
 
 def write_csv(path, header, rows):
     """Write a table; NaN becomes an empty field."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in row)
-    shared.write_text(path, text.getvalue())
+    with shared.replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in row)
 
 
 def retrieval_ranks(predicted, true, ctrl):
@@ -794,7 +793,7 @@ def ordered_subgroups(test):
     return {group: (test.subgroups == group).sum() for group in groups} | {"all": len(test.rows)}
 
 
-def print_table(outcome, names, test, synthetic):
+def print_table(outcome, names, test, data):
     """Print the main metric, a row per model, with the intervals and subgroups that fit the terminal."""
     width = shutil.get_terminal_size().columns
     groups = ordered_subgroups(test)
@@ -810,7 +809,7 @@ def print_table(outcome, names, test, synthetic):
         if table.index("\n") <= width:
             break
     title = ("Pearson Δ top 20: correlation of predicted with measured change, 20 most changed genes"
-             + (" (SYNTHETIC data)" if synthetic else ""))
+             + synthetic(data))
     words = textwrap.fill(verdict(outcome)[0], width, break_on_hyphens=False)  # names have hyphens
     print(f"\n{textwrap.fill(title, width)}\n\n{table}\n\n{words}\n")
 
@@ -883,7 +882,7 @@ def add_legend(figure):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# --predict: what chosen perturbations do
+# --predict: which perturbations, in which cells
 
 def read_perturbations(args, data):
     """The perturbations of --predict, {name: [gene, ...]}. Genes that the dataset lacks join it."""
@@ -970,7 +969,7 @@ def add_genes(data, wanted, vocab):
         data.token_ids = np.concatenate([data.token_ids, [vocab[gene] for gene in data.new_genes]])
         data.measured = np.concatenate([data.measured, np.zeros(n, dtype=bool)])
         data.mean = np.pad(data.mean, ((0, 0), (0, n)))
-        data.X.resize(data.X.shape[0], len(data.genes))
+        data.X.shape = len(data.cell_condition), len(data.genes)
     token_of = dict(zip(data.genes, data.token_ids))
     without_token = [gene for gene in used if token_of[gene] == data.pad_id]
     if without_token:
@@ -1003,36 +1002,252 @@ def add_language(net, run, data, args):
     net.add_language(token_ids[is_missing], vectors)
 
 
-def with_singles(wanted):
-    """The perturbations {name: [gene, ...]} and the single targets of pairs, to compare pairs with."""
-    pairs = [genes for genes in wanted.values() if len(genes) > 1]
-    return {gene: [gene] for genes in pairs for gene in genes} | wanted
+def read_own_cells(path, args, data):
+    """The cells of a user's AnnData file, CSR (cells, genes in common), log-normalized, and which of the
+    dataset's genes these are, bool (G,): measured ones that the file has.
 
-
-def predict_deltas(study, machine, args):
-    """Let every model predict every perturbation, and no perturbation (called "").
-
-    Returns {(perturbation, run index): mean change from the control cells, (genes,) float64}, and if
-    study.keep_cells the predicted cells, {the same: (cells, genes)}, which else would fill the memory.
+    Cells on another scale than the dataset's are brought to it, by the totals over the genes in common.
     """
+    if not path.is_file():
+        sys.exit(f"error: {path} does not exist")
+    with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
+        X, genes = prepare.read_cells(h5ad, args, path)
+    column_of = {gene: column for column, gene in enumerate(genes)}
+    columns = np.array([column_of.get(gene, -1) for gene in data.genes])
+    in_common = data.measured & (columns >= 0)
+    words = (f"{path}: {X.shape[0]:,} cells; {in_common.sum():,} of the dataset's {data.measured.sum():,} "
+             "measured genes are in it")
+    if not in_common.any():
+        sys.exit(f"error: {words}; see --gene-key and --upper-case")
+    print(words)
+    if in_common.sum() < data.measured.sum() / 2:
+        print("warning: under half of the genes: what is predicted rests on few of them", file=sys.stderr)
+
+    X = X[:, columns[in_common]]
+    control = data.X[data.ctrl_cells[:1000]][:, in_common]
+    wanted, total = [np.median(prepare.cell_totals(cells.expm1())) for cells in (control, X)]
+    if total > 0 and not 0.5 < wanted / total < 2:
+        print(f"{path}: its cells sum to {total / wanted:.1f} times what the dataset's do: scaled to those")
+        X = prepare.normalize(X.expm1(), np.full(X.shape[0], wanted / total))
+    return X, in_common
+
+
+def choose_cells(data, wanted, args):
+    """The cells to predict from, drawn from the screen's control cells or from --controls-from, as a
+    namespace: screen, the dataset; kept (its G genes), a mask of those that count; data, the dataset over
+    these; control (N, genes) the cells; baseline (genes,) their mean; ctrl (genes,) that of the screen's.
+
+    Of a file's genes those count that the dataset has, too, and the targets, of expression 0 without it.
+    """
+    rng = training.random_stream("predict", args.seed)
+    n_cells = args.controls or N_FIGURE_CONTROLS
+    if not args.controls_from:
+        kept = np.ones(len(data.genes), dtype=bool)
+        chosen = data
+        control = data.X[rng.choice(data.ctrl_cells, n_cells)].toarray()
+    else:
+        X, in_common = read_own_cells(args.controls_from, args, data)
+        targets = {gene for genes in wanted.values() for gene in genes}
+        kept = in_common | np.isin(data.genes.astype(str), list(targets))
+        chosen = keep_genes(data, kept)
+        chosen.measured = in_common[kept]
+        control = np.zeros((n_cells, kept.sum()), dtype=np.float32)
+        control[:, chosen.measured] = X[rng.choice(X.shape[0], n_cells)].toarray()
+    return SimpleNamespace(screen=data, kept=kept, data=chosen, control=control,
+                           baseline=control.mean(0, dtype=np.float64),
+                           ctrl=data.mean[data.split == "ctrl"][0].astype(np.float64)[kept])
+
+
+def keep_genes(data, kept):
+    """The dataset, without its X, over some of its genes, a mask (G,)."""
+    new_idx = np.append(np.cumsum(kept) - 1, -1)  # the last: of -1, no gene
+    new_idx[:-1][~kept] = -1
+    by_gene = {"genes": data.genes[kept], "token_ids": data.token_ids[kept], "measured": data.measured[kept],
+               "mean": data.mean[:, kept], "targets": new_idx[data.targets], "de_idx": new_idx[data.de_idx]}
+    return SimpleNamespace(**(vars(data) | by_gene | {"X": None}))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --predict: predicting
+
+def make_study(args, data, runs, embeddings, machine, folder=None):
+    """Predict the perturbations of --predict with every model: the namespace of choose_cells, and in it
+
+    wanted {name: [gene, ...]}; genes_of, the same with what is predicted besides: no perturbation (called
+    ""), and the single targets of pairs; row_of {name: its row of changes}; runs {model: [run, ...]}, of path
+    None for a baseline; changes {model: (runs, perturbations, genes) float32}, the mean change from the cells
+    predicted from, NaN where a baseline says nothing; keeps_cells, and if so cells {(name, model): [(cells,
+    genes), ...]}; conditions_of {set of targets: [condition of the screen, ...]}.
+
+    With `folder`, the changes of trained models lie there on disk, where the same command finds them again.
+    """
+    wanted = read_perturbations(args, data)
+    study = choose_cells(data, wanted, args)
+    study.wanted = wanted
+    pairs = [genes for genes in wanted.values() if len(genes) > 1]
+    study.genes_of = {"": []} | {gene: [gene] for genes in pairs for gene in genes} | wanted
+    study.row_of = {name: row for row, name in enumerate(study.genes_of)}
+    study.has_figures = len(wanted) <= MOST_FIGURES
+    study.keeps_cells = study.has_figures or args.cells
+    study.conditions_of = {}
+    for condition, targets in enumerate(targets_at(data, range(len(data.conditions)))):
+        study.conditions_of.setdefault(frozenset(data.genes[targets]), []).append(condition)
+
+    study.runs, study.changes, study.cells = {}, {}, {}
+    for run in runs:
+        study.runs.setdefault(run.name, []).append(run)
+    for of_model, its_runs in study.runs.items():
+        study.changes[of_model] = stored_changes(study, its_runs, folder)
+    predict_changes(study, machine, args)
+    if named_baselines(args) or not runs:
+        add_baselines(study, named_baselines(args), choose_ridge_files(embeddings))
+    if not any(mean_changes(study, name) for name in wanted):
+        sys.exit(f"error: --run {' '.join(study.runs)}: says nothing of {shown(list(wanted))}")
+    print(f"perturbations: {len(wanted):,}; models: {len(study.runs)}; cells for each: {len(study.control)}")
+    return study
+
+
+def stored_changes(study, runs, folder):
+    """The array (runs, perturbations, genes) for the changes that a model's runs predict, 0 where nothing was
+    predicted yet: in memory, or in a file of `folder` that is named after what decides them."""
+    shape = len(runs), len(study.genes_of), len(study.data.genes)
+    if folder is None:
+        return np.zeros(shape, dtype=np.float32)
+    inputs = [list(study.data.genes), study.genes_of, [shared.checksum(run.path) for run in runs]]
+    digest = hashlib.sha256(study.control.tobytes() + repr(inputs).encode()).hexdigest()
+    path = folder / f".{runs[0].name}.{digest[:16]}.npy"
+    if not path.exists():
+        with shared.replacing(path) as partial:
+            np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+    return np.load(path, mmap_mode="r+")
+
+
+def predict_changes(study, machine, args):
+    """Fill study.changes with what the trained models predict, and study.cells where they are kept."""
     data = study.data
     gene_idx = {gene: i for i, gene in enumerate(data.genes)}
-    perturbations = {"": []} | with_singles(study.wanted)
-    deltas, cells = {}, {}
-    progress = tqdm(total=len(study.runs) * len(perturbations), leave=False, disable=None)
-    for i, run in enumerate(study.runs):
-        net = load_model(run.path, data)
-        add_language(net, run, data, args)
-        net.to(machine.device)
-        for name, genes in perturbations.items():
-            target_idx = [gene_idx[gene] for gene in genes]
-            predicted = predict_cells(net, run.path, data, study.control, target_idx, machine)
-            deltas[name, i] = predicted.mean(0, dtype=np.float64) - study.baseline
-            if study.keep_cells and name in study.wanted:
-                cells[name, i] = predicted
-            progress.update()
+    n_runs = sum(map(len, study.runs.values()))
+    progress = tqdm(total=n_runs * len(study.genes_of), unit=" predictions", leave=False, disable=None)
+    for of_model, runs in study.runs.items():
+        for run, changes in zip(runs, study.changes[of_model]):
+            net = load_model(run.path, data)
+            add_language(net, run, data, args)
+            net.to(machine.device)
+            for (name, genes), change in zip(study.genes_of.items(), changes):
+                progress.update()
+                if change.any() and not study.keeps_cells:  # by an earlier command, which was interrupted
+                    continue
+                target_idx = [gene_idx[gene] for gene in genes]
+                predicted = predict_cells(net, run.path, data, study.control, target_idx, machine)
+                change[:] = predicted.mean(0, dtype=np.float64) - study.baseline
+                if study.keeps_cells and name in study.wanted:
+                    study.cells.setdefault((name, of_model), []).append(predicted)
     progress.close()
-    return deltas, cells
+
+
+def add_baselines(study, names, ridge_files):
+    """Let baselines predict, too: their change from the mean of the screen's control cells, added to the
+    cells that are predicted from."""
+    data = study.screen
+    gene_idx = {gene: i for i, gene in enumerate(data.genes)}
+    perturbed = {name: genes for name, genes in study.genes_of.items() if genes}
+    targets = [np.array([gene_idx[gene] for gene in genes]) for genes in perturbed.values()]
+    named = {source: path for source, path in ridge_files.items() if not names or f"ridge_{source}" in names}
+    profiles = baseline_means(data, targets) | ridge_profiles(data, targets, named)
+    del profiles["no-change"]
+    for name in names:
+        if name not in profiles:
+            sys.exit(f"error: --run {name}: its source has no vectors here of a training target")
+
+    trained_alone = {int(row[0]) for row in targets_at(data, np.flatnonzero(data.split == "train"))
+                     if len(row) == 1}
+    is_new = np.array([trained_alone.isdisjoint(of_label.tolist()) for of_label in targets])
+    for of_model in names or profiles:
+        changes = profiles[of_model][:, study.kept] - study.ctrl
+        if of_model in ("additive", "matching-mean") and is_new.any():
+            changes[is_new] = np.nan
+            unknown = list(itertools.compress(perturbed, is_new))
+            print(f"{of_model} says nothing of {shown(unknown)}: never perturbed alone in training")
+        study.runs[of_model] = [SimpleNamespace(name=of_model, seed=0, path=None)]
+        study.changes[of_model] = np.pad(changes, ((1, 0), (0, 0)))[None].astype(np.float32)  # first: nothing
+        for name, change in zip(study.genes_of, study.changes[of_model][0]):
+            if study.keeps_cells and name in study.wanted and np.isfinite(change).all():
+                study.cells[name, of_model] = [study.control + change]
+
+
+def mean_changes(study, name):
+    """{model: its mean change (genes,) over its runs} by a perturbation, of the models that predict it."""
+    means = {of_model: changes[:, study.row_of[name]].mean(0, dtype=np.float64)
+             for of_model, changes in study.changes.items()}
+    return {of_model: mean for of_model, mean in means.items() if np.isfinite(mean).all()}
+
+
+def measured_conditions(study, name):
+    """The conditions of the screen that are this perturbation: [row, ...], empty if it was not measured."""
+    return study.conditions_of.get(frozenset(study.wanted[name]), [])
+
+
+def predict(*words):
+    """What `05_eval.py` with these words predicts, from Python; nothing is written.
+
+    Returns a dict of arrays: condition, model and seed (n,), genes (G,), control (G,) the mean of the cells
+    predicted from, delta (n, G) the predicted mean change.
+    """
+    study = make_study(*set_up(parse_arguments(words)))
+    rows = list(predicted_rows(study))
+    return {"condition": np.array([name for name, _, _ in rows]),
+            "model": np.array([run.name for _, run, _ in rows]),
+            "seed": np.array([run.seed for _, run, _ in rows]),
+            "genes": study.data.genes, "control": study.baseline,
+            "delta": np.stack([change for _, _, change in rows])}
+
+
+def predicted_rows(study):
+    """Yield (name, run, change (genes,)) of every perturbation and run that predicts it."""
+    for name in study.wanted:
+        for of_model in mean_changes(study, name):
+            for run, changes in zip(study.runs[of_model], study.changes[of_model]):
+                yield name, run, changes[study.row_of[name]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --predict: what it writes
+
+def predict_perturbations(args, data, runs, embeddings, machine):
+    """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
+    folder = args.root / "results" / args.dataset / "predicted" / args.name
+    study = make_study(args, data, runs, embeddings, machine, folder)
+    for pattern in ("*.png", "predicted.cells.h5ad", "towards.csv"):  # of an earlier call
+        for old in folder.glob(pattern):
+            old.unlink()
+
+    effects = sorted(effect_rows(study), key=lambda row: -row[3])
+    write_csv(folder / "predicted.csv", ("condition", "model", "n_seeds", "effect_rms", "interval",
+                                         "interaction_rms", "disagreement", "priority", "top_genes"), effects)
+    write_csv(folder / "predicted_genes.csv", ("condition", "model", "gene", "control", "predicted", "delta",
+                                               "interval", "measured_delta"), gene_rows(study))
+    write_predicted(folder, study, args)
+    if study.has_figures:
+        for name in study.wanted:
+            draw_perturbation(folder, name, study)
+    if len(study.wanted) > 2:
+        draw_heatmap(folder / "heatmap.png", study)
+    warn_of_likeness(study)
+    if args.towards:
+        rank_towards(folder, study, args)
+    else:
+        for name, of_model, _, size, *_, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
+            print_wrapped(f"{name}: effect {size:.4f} by {of_model}; {' '.join(top.split()[:5])} ...")
+    study.changes.clear()
+    for changes in folder.glob(".*.npy"):  # of this call, and of others that were interrupted
+        changes.unlink()
+    print(f"values{' and figures' if study.has_figures else ''}: {folder}")
+
+
+def print_wrapped(line):
+    """Print a line, wrapped to the width of the terminal."""
+    print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
+                        break_on_hyphens=False))  # names have hyphens
 
 
 def most_changed(change, data, n=20):
@@ -1055,344 +1270,114 @@ def disagreement(changes):
 
 
 def effect_rows(study):
-    """Rows of predicted.csv, the largest effect first, and of predicted_genes.csv.
+    """Yield the rows of predicted.csv.
 
     effect_rms: root mean square of the change over the measured genes. interaction_rms, for pairs: that of
     what is left without the changes by the single targets, each less what is predicted for no perturbation.
     disagreement: see there, over the models without shuffled controls; priority: the mean effect_rms of the
     models times their disagreement. What is large and disputed is worth measuring next.
     """
-    data, deltas = study.data, study.deltas
+    measured = study.data.measured
 
-    def rms(change):
-        return float(np.sqrt((change[data.measured] ** 2).mean()))
+    def rms(change):  # (..., genes) -> (...)
+        return np.sqrt((change[..., measured].astype(np.float64) ** 2).mean(-1))
 
-    def interaction(name, genes, i):
-        if any((gene, i) not in deltas for gene in genes):  # a baseline that knows one target only
-            return math.nan
-        alone = sum(deltas[gene, i] - deltas["", i] for gene in genes)
-        return rms(deltas[name, i] - deltas["", i] - alone)
-
-    effects, gene_rows = [], []
     for name, genes in study.wanted.items():
-        rows = study.rows_of.get(frozenset(genes))
-        measured = np.full(len(data.genes), math.nan)
-        if rows:
-            measured = study.screen.mean[rows].mean(0)[study.kept] - study.ctrl
-        mean_of = {of_model: np.mean([deltas[name, i] for i in places], axis=0)
-                   for of_model, places in study.runs_of.items() if (name, places[0]) in deltas}
-        apart = disagreement([mean[data.measured] for of_model, mean in mean_of.items()
-                              if "-shuffled" not in of_model])
-        priority = float(np.mean([rms(mean) for mean in mean_of.values()])) * apart if mean_of else math.nan
-        for of_model, mean in mean_of.items():
-            places = study.runs_of[of_model]
-            size, interval = metrics.interval95([rms(deltas[name, i]) for i in places])
-            joint = np.mean([interaction(name, genes, i) for i in places]) if len(genes) > 1 else math.nan
-            order = most_changed(mean, data)
-            top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in order[:10])
-            effects.append((name, of_model, len(places), size, interval, float(joint), apart, priority, top))
-            for g in order:
-                value, half_width = metrics.interval95([deltas[name, i][g] for i in places])
+        means = mean_changes(study, name)
+        if not means:
+            continue
+        disputed = disagreement([mean[measured] for of_model, mean in means.items()
+                                 if "-shuffled" not in of_model])
+        priority = float(np.mean([rms(mean) for mean in means.values()])) * disputed
+        for of_model, mean in means.items():
+            changes = study.changes[of_model]  # (runs, perturbations, genes)
+            change, of_nothing = changes[:, study.row_of[name]], changes[:, study.row_of[""]]
+            size, interval = metrics.interval95(rms(change))
+            interaction = math.nan
+            if len(genes) > 1:
+                alone = sum(changes[:, study.row_of[gene]] - of_nothing for gene in genes)
+                interaction = float(rms(change - of_nothing - alone).mean())
+            top = " ".join(f"{study.data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, study.data, 10))
+            yield name, of_model, len(change), size, interval, interaction, disputed, priority, top
+
+
+def gene_rows(study):
+    """Yield the rows of predicted_genes.csv: the genes that change most, by each perturbation and model."""
+    for name in study.wanted:
+        measured = np.full(len(study.data.genes), math.nan)
+        if conditions := measured_conditions(study, name):
+            measured = study.screen.mean[conditions].mean(0)[study.kept] - study.ctrl
+        for of_model, mean in mean_changes(study, name).items():
+            for g in most_changed(mean, study.data):
+                value, half_width = metrics.interval95(study.changes[of_model][:, study.row_of[name], g])
                 control = float(study.baseline[g])
-                gene_rows.append((name, of_model, data.genes[g], control, control + value, value, half_width,
-                                  float(measured[g])))
-    return sorted(effects, key=lambda row: -row[3]), gene_rows
+                yield (name, of_model, study.data.genes[g], control, control + value, value, half_width,
+                       float(measured[g]))
 
-
-def add_baselines(study, names, ridge_files):
-    """Let baselines predict, too: their change from the mean of the screen's control cells, added to the
-    cells that are predicted from. They join study.runs, study.deltas and study.cells."""
-    data = study.screen
-    gene_idx = {gene: i for i, gene in enumerate(data.genes)}
-    perturbations = with_singles(study.wanted)
-    targets = [np.array([gene_idx[gene] for gene in genes]) for genes in perturbations.values()]
-    named = {source: path for source, path in ridge_files.items() if not names or f"ridge_{source}" in names}
-    profiles = baseline_means(data, targets) | ridge_profiles(data, targets, named)
-    del profiles["no-change"]
-    for name in names:
-        if name not in profiles:
-            sys.exit(f"error: --run {name}: its source has no vectors here of a training target")
-
-    seen_alone = {int(row[0]) for row in targets_at(data, np.flatnonzero(data.split == "train"))
-                  if len(row) == 1}
-    ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
-    for name in names or profiles:
-        i, unknown = len(study.runs), []
-        study.runs.append(SimpleNamespace(name=name, seed=0, path=None, config={}))
-        study.deltas["", i] = np.zeros(len(study.data.genes))
-        for label, of_label, profile in zip(perturbations, targets, profiles[name]):
-            if name in ("additive", "matching-mean") and not seen_alone & set(of_label.tolist()):
-                unknown.append(label)
-                continue
-            study.deltas[label, i] = (profile - ctrl)[study.kept]
-            if study.keep_cells:
-                study.cells[label, i] = study.control + study.deltas[label, i].astype(np.float32)
-        if unknown:
-            print(f"{name} says nothing of {shown(unknown)}: never perturbed alone in training")
-
-
-def keep_genes(data, kept):
-    """The dataset over some of its genes, a mask (G,)."""
-    new_idx = np.append(np.cumsum(kept) - 1, -1)  # the last: of -1, no gene
-    new_idx[:-1][~kept] = -1
-    by_gene = {"genes": data.genes[kept], "token_ids": data.token_ids[kept], "measured": data.measured[kept],
-               "mean": data.mean[:, kept], "X": data.X[:, kept],
-               "targets": new_idx[data.targets], "de_idx": new_idx[data.de_idx]}
-    return SimpleNamespace(**(vars(data) | by_gene))
-
-
-def read_own_cells(path, args, data):
-    """The cells of a user's AnnData file: (cells, genes) CSR, log-normalized, and genes. Cells that are on
-    another scale than the dataset's are brought to it, by the totals over the genes in common."""
-    if not path.is_file():
-        sys.exit(f"error: {path} does not exist")
-    with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
-        X, genes = prepare.read_cells(h5ad, args, path)
-    in_data = np.isin(genes.astype(str), data.genes[data.measured].astype(str))
-    in_file = data.measured & np.isin(data.genes.astype(str), genes.astype(str))
-    control = data.X[data.ctrl_cells][:, in_file]
-    wanted, total = [np.median(prepare.cell_totals(cells.expm1())) for cells in (control, X[:, in_data])]
-    if total > 0 and not 0.5 < wanted / total < 2:
-        print(f"{path}: its cells sum to {total / wanted:.1f} times what the dataset's do: scaled to those")
-        X = prepare.normalize(X.expm1(), np.full(X.shape[0], wanted / total))
-    return X, genes
-
-
-def choose_cells(study, args):
-    """The cells to predict from, drawn from the screen's control cells or from --controls-from.
-
-    Sets study.control (N, genes), study.kept (the genes of the screen that count, a mask), study.data (the
-    dataset over these). Of a file's genes those count that the dataset has, and targets.
-    """
-    data = study.screen
-    rng = training.random_stream("predict", args.seed)
-    n_cells = args.controls or N_FIGURE_CONTROLS
-    if not args.controls_from:
-        study.control = data.X[rng.choice(data.ctrl_cells, n_cells)].toarray()
-        study.kept, study.data = np.ones(len(data.genes), dtype=bool), data
-        return
-
-    # What the file and the dataset share
-    X, genes = read_own_cells(args.controls_from, args, data)
-    column = {gene: i for i, gene in enumerate(genes)}
-    in_file = np.array([gene in column for gene in data.genes])
-    n_both = (in_file & data.measured).sum()
-    words = (f"{args.controls_from}: {X.shape[0]:,} cells; {n_both:,} of the dataset's "
-             f"{data.measured.sum():,} measured genes are in it")
-    if not n_both:
-        sys.exit(f"error: {words}; choose the column of symbols with --gene-key")
-    print(words)
-    if n_both < data.measured.sum() / 2:
-        print("warning: under half of the genes: what is predicted rests on few of them", file=sys.stderr)
-
-    # The dataset over these genes and the targets, which have expression 0 where the file lacks them
-    targets = {gene for wanted in study.wanted.values() for gene in wanted}
-    study.kept = in_file | np.array([gene in targets for gene in data.genes])
-    study.data = keep_genes(data, study.kept)
-    is_there = in_file[study.kept]
-    study.data.measured &= is_there
-    study.control = np.zeros((n_cells, len(is_there)), dtype=np.float32)
-    columns = [column[gene] for gene in study.data.genes[is_there]]
-    study.control[:, is_there] = X[rng.choice(X.shape[0], n_cells)][:, columns].toarray()
-
-
-def make_study(args, data, runs, embeddings, machine):
-    """Predict the perturbations of --predict with every model, as a namespace.
-
-    wanted {name: [gene, ...]}; screen: the dataset, data: its genes that count (see choose_cells), control
-    (N, genes), baseline (genes,) its mean, ctrl (genes,) the mean of the screen's control cells; runs, and
-    runs_of {model: indices of its runs}; rows_of {targets: rows of their conditions}; deltas and cells: see
-    predict_deltas.
-    """
-    study = SimpleNamespace(wanted=read_perturbations(args, data), screen=data, runs=list(runs))
-    study.has_figures = len(study.wanted) <= MOST_FIGURES
-    study.keep_cells = args.cells or study.has_figures
-    choose_cells(study, args)
-    study.baseline = study.control.mean(0, dtype=np.float64)
-    study.ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)[study.kept]
-    study.rows_of = {}
-    for row, targets in enumerate(targets_at(data, range(len(data.conditions)))):
-        study.rows_of.setdefault(frozenset(data.genes[targets]), []).append(row)
-
-    study.deltas, study.cells = predict_deltas(study, machine, args)
-    if named_baselines(args) or not runs:
-        add_baselines(study, named_baselines(args), choose_ridge_files(embeddings))
-    study.runs_of = {}
-    for i, run in enumerate(study.runs):
-        study.runs_of.setdefault(run.name, []).append(i)
-    print(f"perturbations: {len(study.wanted):,}; models: {len(study.runs)}; cells for each: "
-          f"{len(study.control)}")
-    return study
-
-
-def predict_perturbations(args, data, runs, embeddings, machine):
-    """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
-    study = make_study(args, data, runs, embeddings, machine)
-    folder = args.root / "results" / args.dataset / "predicted" / args.name
-    for old in (*folder.glob("*.png"), *folder.glob("predicted.cells.h5ad"), *folder.glob("towards.csv")):
-        old.unlink()  # of an earlier call
-    effects, gene_rows = effect_rows(study)
-    write_csv(folder / "predicted.csv", ("condition", "model", "n_seeds", "effect_rms", "interval",
-                                         "interaction_rms", "disagreement", "priority", "top_genes"), effects)
-    write_csv(folder / "predicted_genes.csv", ("condition", "model", "gene", "control", "predicted", "delta",
-                                               "interval", "measured_delta"), gene_rows)
-    write_predicted(folder, study, args)
-    if study.has_figures:
-        for name in study.wanted:
-            draw_perturbation(folder, name, study)
-    if len(study.wanted) > 2:
-        draw_heatmap(folder / "heatmap.png", study)
-    warn_of_likeness(study)
-    if args.towards:
-        rank_towards(folder, study, args)
-    else:
-        for name, of_model, _, size, *_, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
-            line = f"{name}: effect {size:.4f} by {of_model}; {' '.join(top.split()[:5])} ..."
-            print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
-                                break_on_hyphens=False))
-    print(f"values{' and figures' if study.has_figures else ''}: {folder}")
-
-
-def predict(*words):
-    """What `05_eval.py` with these words predicts, from Python; nothing is written.
-
-    Returns a dict of arrays: condition, model and seed (n,), genes (G,), control (G,) the mean of the cells
-    predicted from, delta (n, G) the predicted mean change.
-    """
-    args, data, runs, embeddings, machine = set_up(parse_arguments(words))
-    study = make_study(args, data, runs, embeddings, machine)
-    keys = [(name, i) for name in study.wanted for i in range(len(study.runs)) if (name, i) in study.deltas]
-    return {"condition": np.array([name for name, _ in keys]),
-            "model": np.array([study.runs[i].name for _, i in keys]),
-            "seed": np.array([study.runs[i].seed for _, i in keys]),
-            "genes": study.data.genes, "control": study.baseline,
-            "delta": np.stack([study.deltas[key] for key in keys])}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# --towards: which perturbation leads to these cells
-
-def read_goal(study, args):
-    """The change (genes,) from the cells predicted from to the mean of those that --towards names, and which
-    genes count, a mask (genes,)."""
-    data = study.data
-    targets = frozenset(args.towards.split("+")) - {prepare.CONTROL}
-    if rows := study.rows_of.get(targets):
-        state = study.screen.mean[rows].mean(0, dtype=np.float64)[study.kept]
-        return state - study.baseline, data.measured
-    if not Path(args.towards).is_file():
-        sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
-    X, genes = read_own_cells(Path(args.towards), args, data)
-    column = {gene: i for i, gene in enumerate(genes)}
-    counts = data.measured & np.array([gene in column for gene in data.genes])
-    if not counts.any():
-        sys.exit(f"error: {args.towards}: none of the dataset's genes is in it; see --gene-key")
-    print(f"{args.towards}: {X.shape[0]:,} cells, {counts.sum():,} genes in common")
-    state = np.zeros(len(data.genes))
-    mean = np.asarray(X.mean(axis=0)).ravel()
-    state[counts] = mean[[column[gene] for gene in data.genes[counts]]]
-    return state - study.baseline, counts
-
-
-def rank_towards(folder, study, args):
-    """Rank the perturbations by how near they lead to --towards: write towards.csv and a figure, print the
-    best. Distance: of the predicted state, relative to that without a perturbation."""
-    goal, counts = read_goal(study, args)
-    goal = goal[counts]
-    rows, best_of = [], {}
-    for of_model, places in study.runs_of.items():
-        found = []
-        for name in study.wanted:
-            deltas = [study.deltas[name, i][counts] for i in places if (name, i) in study.deltas]
-            if deltas:
-                change = np.mean(deltas, axis=0)
-                distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
-                found.append((name, correlation(change, goal), distance))
-        found.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
-        rows += [(of_model, rank, *row) for rank, row in enumerate(found, 1)]
-        best_of[of_model] = found
-        names = [name for name, *_ in found]
-        line = f"{of_model}: nearest to {args.towards} lead {', '.join(names[:5])}"
-        for rank, name in enumerate(names, 1):
-            if frozenset(study.wanted[name]) == frozenset(args.towards.split("+")) - {prepare.CONTROL}:
-                line += f"; {name} itself has rank {rank} of {len(names)}"
-        print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
-                            break_on_hyphens=False))
-    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
-
-    shown_models = list(best_of)[:3]
-    figure = shared.new_figure(4 * len(shown_models), 4, f"perturbations that lead towards {args.towards}")
-    for axes, of_model in zip(np.atleast_1d(figure.subplots(1, len(shown_models))), shown_models):
-        best = best_of[of_model][:10]
-        axes.barh(range(len(best)), [likeness for _, likeness, _ in best], color=shared.COLORS[0])
-        axes.set_yticks(range(len(best)), [name for name, *_ in best], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(of_model, fontsize="small")
-        axes.set_xlabel("Pearson of the changes")
-    shared.save_figure(figure, folder / "towards.png")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What --predict writes
 
 def write_predicted(folder, study, args):
     """Write predicted.h5ad, a mean profile per perturbation and run, and on request predicted.cells.h5ad."""
-    data, runs, control = study.data, study.runs, study.control
-    made = shared.made_from({"controls": len(control), "seed": args.seed},
-                            {f"{run.name}, seed {run.seed}": shared.checksum(run.path) for run in runs
-                             if run.path})
-    keys = [(name, i) for name in study.wanted for i in range(len(runs)) if (name, i) in study.deltas]
-    obs = {"condition": [name for name, _ in keys], "model": [runs[i].name for _, i in keys],
-           "seed": [runs[i].seed for _, i in keys]}
-    mean_control = study.baseline[data.measured].astype(np.float32)
-    X = np.stack([study.deltas[key][data.measured] for key in keys]) + mean_control
-    prepare.write_h5ad(folder / "predicted.h5ad", made, X, obs, data.genes[data.measured],
-                       describe(data, "predicted means"), mean_control)
+    measured, genes = study.data.measured, study.data.genes[study.data.measured]
+    made = shared.made_from({"controls": len(study.control), "seed": args.seed},
+                            {f"{run.name}, seed {run.seed}": shared.checksum(run.path)
+                             for runs in study.runs.values() for run in runs if run.path})
+    rows = [(name, run.name, run.seed) for name, run, _ in predicted_rows(study)]
+    obs = {column: list(values) for column, values in zip(("condition", "model", "seed"), zip(*rows))}
+    mean_control = study.baseline[measured].astype(np.float32)
+    profiles = (mean_control + change[measured] for _, _, change in predicted_rows(study))
+    prepare.write_h5ad(folder / "predicted.h5ad", made, profiles, obs, genes,
+                       describe(study.screen, "predicted means"), mean_control)
     if args.cells:
-        blocks, labels, run_of = [], [], []
+        write_predicted_cells(folder / "predicted.cells.h5ad", made, study)
+
+
+def write_predicted_cells(path, made, study):
+    """Write the predicted cells of every run below the cells that they were predicted from."""
+    blocks, labels, run_of = [], [], []
+    for of_model, runs in study.runs.items():
         for i, run in enumerate(runs):
-            for name in (prepare.CONTROL, *study.wanted):
-                cells = control if name == prepare.CONTROL else study.cells.get((name, i))
-                if cells is None:  # a baseline that says nothing of it
-                    continue
-                blocks.append(cells[:, data.measured])
+            found = {name: study.cells[name, of_model][i] for name in study.wanted
+                     if (name, of_model) in study.cells}
+            for name, cells in {prepare.CONTROL: study.control, **found}.items():
+                blocks.append(cells[:, study.data.measured])
                 labels += [name] * len(cells)
                 run_of += [run] * len(cells)
-        write_cells(folder / "predicted.cells.h5ad", made, data, np.concatenate(blocks), labels, run_of)
+    write_cells(path, made, study.data, np.concatenate(blocks), labels, run_of)
 
 
 def warn_of_likeness(study):
     """Print a warning for a model that predicts nearly the same change for all perturbations."""
-    names = list(study.wanted)[:200]
-    for i, run in enumerate(study.runs) if len(names) > 1 else ():
-        if not run.path:  # a baseline
-            continue
-        change = np.array([study.deltas[name, i][study.data.measured] for name in names])
-        with np.errstate(invalid="ignore"):  # a model that predicts no change at all
-            likeness = np.median(np.corrcoef(change)[np.triu_indices(len(change), 1)])
-        if likeness > 0.99:
-            print(f"warning: {run.name}, seed {run.seed} predicts nearly the same change for all of these "
-                  f"(median correlation {likeness:.3f}): it says little of each", file=sys.stderr)
+    rows = [study.row_of[name] for name in list(study.wanted)[:200]]
+    for of_model, runs in study.runs.items():
+        for run, changes in zip(runs, study.changes[of_model]):
+            if len(rows) < 2 or not run.path:  # a baseline
+                continue
+            with np.errstate(invalid="ignore"):  # a model that predicts no change at all
+                correlations = np.corrcoef(changes[rows][:, study.data.measured])
+            likeness = np.median(correlations[np.triu_indices(len(rows), 1)])
+            if likeness > 0.99:
+                print(f"warning: {run.name}, seed {run.seed} predicts nearly the same change for all of "
+                      f"these (median correlation {likeness:.3f}): it says little of each", file=sys.stderr)
 
 
 def draw_heatmap(path, study):
     """Draw the changes that the first model predicts: perturbations x the genes that change most, both in the
     order of a hierarchical clustering."""
-    of_model, places = next(iter(study.runs_of.items()))
-    names = [name for name in study.wanted if (name, places[0]) in study.deltas]
-    changes = np.array([np.mean([study.deltas[name, i] for i in places], axis=0) for name in names])
+    of_model, changes = next(iter(study.changes.items()))
+    names = np.array([name for name in study.wanted if of_model in mean_changes(study, name)])
     if len(names) < 3:
         return
-    largest = np.argsort(-np.sqrt((changes ** 2).mean(1)), kind="stable")[:60]
-    changes, names = changes[largest], np.array(names)[largest]
+    sizes = [np.linalg.norm(mean_changes(study, name)[of_model]) for name in names]
+    names = names[np.argsort(-np.array(sizes), kind="stable")[:60]]
+    changes = np.stack([mean_changes(study, name)[of_model] for name in names])  # (perturbations, genes)
     genes = most_changed(np.abs(changes).max(0), study.data, 40)
     changes = changes[:, genes]
     rows, columns = (hierarchy.leaves_list(hierarchy.linkage(table, "average")) for table in
                      (changes, changes.T))
     limit = np.abs(changes).max() or 1
-    height = max(3, 1.5 + 0.16 * len(names))
-    figure = shared.new_figure(9, height, f"change of expression that {of_model} predicts"
-                               + (" (SYNTHETIC data)" if study.data.synthetic else ""))
+
+    title = f"change of expression that {of_model} predicts{synthetic(study.data)}"
+    figure = shared.new_figure(9, max(3, 1.5 + 0.16 * len(names)), title)
     axes = figure.subplots()
     image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     axes.set_xticks(range(len(genes)), study.data.genes[genes][columns], rotation=90, fontsize=7)
@@ -1401,30 +1386,35 @@ def draw_heatmap(path, study):
     shared.save_figure(figure, path)
 
 
+def synthetic(data):
+    """A label of simulated data for titles, empty for real data."""
+    return " (SYNTHETIC data)" if data.synthetic else ""
+
+
 def draw_perturbation(folder, name, study):
     """Draw how the top genes of one perturbation change in cells: as measured, if it was, and as each model
     predicts (the paper's Figures 8 and 9)."""
     data = study.data
-    series = {of_model: np.concatenate([study.cells[name, i] for i in places]) - study.baseline
-              for of_model, places in study.runs_of.items() if (name, places[0]) in study.cells}
+    series = {of_model: np.concatenate(study.cells[name, of_model]) - study.baseline
+              for of_model in study.runs if (name, of_model) in study.cells}
     if not series:
         return
-    rows = study.rows_of.get(frozenset(study.wanted[name]))
-    if rows:
-        top = data.de_idx[rows[0]][data.de_idx[rows[0]] >= 0]
-        cells = np.flatnonzero(np.isin(data.cell_condition, rows))
-        series = {"measured": data.X[cells].toarray() - study.ctrl} | series
+    conditions = measured_conditions(study, name)
+    if conditions:
+        top = data.de_idx[conditions[0]][data.de_idx[conditions[0]] >= 0]
+        cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
+        series = {"measured": study.screen.X[cells][:, study.kept].toarray() - study.ctrl} | series
         words = "that are most differentially expressed, measured and predicted"
     else:
         first = next(iter(series))
         top = most_changed(series[first].mean(0), data)
         words = f"that change most as {first} predicts; not measured"
     figure = shared.new_figure(
-        12, 5, f"{name}: the {len(top)} genes {words}{' (SYNTHETIC data)' if data.synthetic else ''}\n"
+        12, 5, f"{name}: the {len(top)} genes {words}{synthetic(data)}\n"
         "box: middle half of the cells; line: median; diamond: mean; whiskers: without outliers")
     axes = figure.subplots()
     width = 0.8 / len(series)
-    colors = [shared.GREY] * bool(rows) + list(shared.COLORS) * len(series)
+    colors = [shared.GREY] * bool(conditions) + list(shared.COLORS) * len(series)
     for i, ((label, values), color) in enumerate(zip(series.items(), colors)):
         x = np.arange(len(top)) + (i - (len(series) - 1) / 2) * width
         diamond = {"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
@@ -1439,6 +1429,65 @@ def draw_perturbation(folder, name, study):
     axes.set_ylabel("expression of a cell less the control mean\n(log-normalized)")
     add_legend(figure)
     shared.save_figure(figure, folder / f"{urllib.parse.quote(name, safe='+')[:200]}.png")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --towards: which perturbation leads to these cells
+
+def read_goal(study, args):
+    """The change (genes,) from the cells predicted from to the mean of those that --towards names, and which
+    genes count, a mask (genes,)."""
+    if conditions := study.conditions_of.get(goal_targets(args)):
+        state = study.screen.mean[conditions].mean(0, dtype=np.float64)[study.kept]
+        return state - study.baseline, study.data.measured
+    if not Path(args.towards).is_file():
+        sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
+    X, in_common = read_own_cells(Path(args.towards), args, study.screen)
+    state = np.zeros(len(in_common))
+    state[in_common] = np.asarray(X.mean(axis=0)).ravel()
+    return state[study.kept] - study.baseline, in_common[study.kept] & study.data.measured
+
+
+def goal_targets(args):
+    """The targets of the condition that --towards names, as a set."""
+    return frozenset(args.towards.split("+")) - {prepare.CONTROL}
+
+
+def rank_towards(folder, study, args):
+    """Rank the perturbations by how near they lead to --towards: write towards.csv and a figure, print the
+    best. Distance: of the predicted state, relative to that without a perturbation."""
+    goal, counts = read_goal(study, args)
+    goal = goal[counts]
+    found = {of_model: [] for of_model in study.changes}
+    for name in study.wanted:
+        for of_model, mean in mean_changes(study, name).items():
+            change = mean[counts]
+            distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
+            found[of_model].append((name, correlation(change, goal), distance))
+
+    rows = []
+    for of_model, ranked in found.items():
+        ranked.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
+        rows += [(of_model, rank, *row) for rank, row in enumerate(ranked, 1)]
+        names = [name for name, *_ in ranked]
+        line = f"{of_model}: nearest to {args.towards} lead {', '.join(names[:5])}"
+        for rank, name in enumerate(names, 1):
+            if frozenset(study.wanted[name]) == goal_targets(args):
+                line += f"; {name} itself has rank {rank} of {len(names)}"
+        print_wrapped(line)
+    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
+
+    drawn = list(found)[:3]
+    title = f"perturbations that lead towards {args.towards}{synthetic(study.data)}"
+    figure = shared.new_figure(4 * len(drawn), 4, title)
+    for axes, of_model in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn):
+        best = found[of_model][:10]
+        axes.barh(range(len(best)), [likeness for _, likeness, _ in best], color=shared.COLORS[0])
+        axes.set_yticks(range(len(best)), [name for name, *_ in best], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(of_model, fontsize="small")
+        axes.set_xlabel("Pearson of the changes")
+    shared.save_figure(figure, folder / "towards.png")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1519,13 +1568,13 @@ def evaluate(args, data, runs, embeddings, machine):
               [(*key, *value) for key, value in outcome.summary.items()])
     if args.cells:
         write_measured_cells(results / "predictions" / "measured.cells.h5ad", data, test, args.force)
-    label = f"{args.dataset}{' (SYNTHETIC data)' if data.synthetic else ''}"
+    label = args.dataset + synthetic(data)
     draw_split(results / "split.png", data, f"{label}: conditions of the split")
     draw_bars(results / "subgroups.png", outcome, list(ordered_subgroups(test)), f"{label}: held-out "
               "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
     write_report(results / "report.md", args, data, test, outcome)
 
-    print_table(outcome, [*outcome.models, "non-ctrl-mean", "no-change"], test, data.synthetic)
+    print_table(outcome, [*outcome.models, "non-ctrl-mean", "no-change"], test, data)
     print(f"report with all baselines, metrics and figures: {results / 'report.md'}")
     print_next(args, data, runs)
 

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 from unittest import mock
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import h5py
 import numpy as np

@@ -4,6 +4,9 @@ import gzip
 import io
 import json
 import shutil
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import h5py
@@ -14,7 +17,7 @@ import torch
 from scipy import sparse
 
 import model
-from conftest import error_of, run_script
+from conftest import KIT, error_of, run_script
 
 BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive", "ridge_go_c",
              "data-ceiling")
@@ -567,15 +570,30 @@ def test_all_singles_are_all_genes_without_a_figure_each_or_cells(results, root)
 
 
 def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(results, evaluation):
-    data = SimpleNamespace(**vars(results.data), new_genes=[])
-    runs = evaluation.find_models(SimpleNamespace(run=["scgpt"], root=results.root, dataset="demo"))
-    study = SimpleNamespace(data=data, wanted={"DEMO001": ["DEMO001"]}, runs=runs, baseline=0.0,
-                            control=data.X[:3].toarray())
-    machine = SimpleNamespace(device="cpu", autocast=torch.no_grad, batch_size=None)
-    for study.keep_cells in (False, True):
-        deltas, cells = evaluation.predict_deltas(study, machine, None)
-        assert {delta.shape for delta in deltas.values()} == {(128,)}
-        assert set(cells) == ({("DEMO001", 0), ("DEMO001", 1)} if study.keep_cells else set())
+    for words, keeps in ((["DEMO001"], True), (["all-singles"], False), (["all-singles", "--cells"], True)):
+        options = ("--root", results.root, "--run", "scgpt", "--controls", 1, "--predict", *words)
+        study = evaluation.make_study(*evaluation.set_up(evaluation.parse_arguments(options)))
+        assert study.changes["scgpt"].shape == (2, len(study.wanted) + 1, 128)
+        assert set(study.cells) == ({(name, "scgpt") for name in study.wanted} if keeps else set())
+
+
+def test_an_interrupted_list_goes_on_where_it_was(results, root):
+    command = [sys.executable, KIT / "05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 40,
+               "--batch-size", 1, "--root", root]
+    folder = root / "results/demo/predicted/last"
+    process = subprocess.Popen(list(map(str, command)))
+    while not (parts := list(folder.glob(".scgpt.*.npy"))) or np.load(parts[0], mmap_mode="r").any(2).sum() < 30:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    n_done = np.load(parts[0], mmap_mode="r").any(2).sum()
+    changes = np.load(parts[0], mmap_mode="r+")
+    changes[0, 5] = 7  # whatever stands there is taken over
+    run_script("05_eval.py", *command[2:-2], root=root)
+    assert 30 <= n_done < 258 and not list(folder.glob(".*.npy"))
+    rows = {row["condition"]: float(row["effect_rms"]) for row in read_csv(folder / "predicted.csv")}
+    assert len(rows) == 128 and rows[results.data.genes[4]] > 3 and sorted(rows.values())[-2] < 3
 
 
 def test_a_lower_case_gene_is_told_its_own_name(root):
@@ -752,7 +770,7 @@ def language_model(n_language_rows):
 def test_a_gene_that_the_dataset_lacks_joins_with_its_token_and_its_language_vector(evaluation, tmp_path):
     data = SimpleNamespace(genes=np.array(["A", "B"], dtype=object), token_ids=np.array([0, 1]), pad_id=3,
                            measured=np.ones(2, dtype=bool), mean=np.ones((1, 2)),
-                           X=sparse.csr_matrix(np.ones((4, 2))))
+                           cell_condition=np.zeros(4), X=SimpleNamespace(shape=(4, 2)))
     evaluation.add_genes(data, {"A+NEW": ["A", "NEW"]}, {"A": 0, "B": 1, "NEW": 2, "<pad>": 3})
     assert data.new_genes == ["NEW"] and data.token_ids.tolist() == [0, 1, 2]
     assert data.measured.tolist() == [True, True, False] and data.X.shape == (4, 3)
@@ -771,7 +789,7 @@ def test_a_gene_that_the_dataset_lacks_joins_with_its_token_and_its_language_vec
     added = net.language_encoders["s"].embedding.weight[net.language_rows[2]].detach()
     np.testing.assert_array_equal(added, vectors[0])
     np.testing.assert_array_equal(model.predict(net, [0, 1], np.ones((1, 2)), 0), before)
-    assert np.isfinite(model.predict(net, data.token_ids, data.X.toarray(), [0, 2])).all()
+    assert np.isfinite(model.predict(net, data.token_ids, np.ones((4, 3)), [0, 2])).all()
 
 
 def test_a_model_file_names_the_genes_that_it_has_no_vector_for(evaluation):
@@ -882,7 +900,7 @@ def test_the_demo_ends_with_commands_for_predict_and_for_own_cells(results):
     assert predict.endswith(f"--root {results.root}")
     assert own.startswith("next") and "python 03_prepare_data.py --dataset mine --h5ad FILE.h5ad" in own
     command = predict.removeprefix("next: python 05_eval.py ").split()
-    done = run_script("05_eval.py", *command, "--run", "scgpt", "--controls", 1)
+    run_script("05_eval.py", *command, "--run", "scgpt", "--controls", 1)
     assert "values and figures: " in done.stdout
 
 

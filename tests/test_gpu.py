@@ -82,8 +82,8 @@ def prepared(training, data, vectors, machine, variant="scgpt", *options):
 
 def gradients(training, net, job, state):
     """The error and the gradients of one batch, in one vector."""
-    cells, genes = job.train_cells[:8], np.arange(2, 32)
-    loss = training.add_gradients(net.train(), state, job, cells, genes)
+    batch = training.read_batch(job.train_cells[:8], np.arange(2, 32), job)
+    loss = training.add_gradients(net.train(), state, job, batch)
     return loss, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
@@ -298,7 +298,8 @@ def test_a_step_that_overflows_is_left_out_of_the_error_and_of_the_weights(
     losses = []
     for cells, genes in steps:
         if 20 not in cells:
-            losses.append(training.add_gradients(plain.train(), plain_state, plain_job, cells, genes).item())
+            batch = training.read_batch(cells, genes, plain_job)
+            losses.append(training.add_gradients(plain.train(), plain_state, plain_job, batch).item())
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
             plain_state.optimizer.step()
             plain_state.optimizer.zero_grad()
@@ -423,7 +424,8 @@ def test_where_the_gpus_memory_is_short_the_cells_at_once_are_halved(training, v
     def result(n_cells):
         options_here = ("scgpt", *options, "--cells-at-once", n_cells, "--attention-dropout", 0)
         net, job, state = prepared(training, data, vectors, machine_of(CUDA), *options_here)
-        loss = training.add_gradients(net.train(), state, job, job.train_cells[:64], np.arange(500))
+        batch = training.read_batch(job.train_cells[:64], np.arange(500), job)
+        loss = training.add_gradients(net.train(), state, job, batch)
         return job.cells_at_once, loss.item(), net.decoder.fc[0].weight.grad.cpu()
 
     _, loss, expected = result(4)

@@ -5,10 +5,12 @@ import gzip
 import json
 import pickle
 import random
+import sys
 import tarfile
 import tracemalloc
 import zipfile
 from types import SimpleNamespace
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -160,24 +162,59 @@ def test_small_blocks_give_the_same_as_one(prepare, tmp_path, monkeypatch, layou
     np.testing.assert_array_equal(in_blocks.X, whole.X)
 
 
+def arguments(prepare, *words):
+    with mock.patch.object(sys, "argv", ["03_prepare_data.py", *map(str, words)]):
+        return prepare.parse_arguments()
+
+
 @pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
 def test_memory_holds_what_is_kept_not_the_file(prepare, tmp_path, monkeypatch, layout):
     labels = LABELS * 40
     dense = np.random.RandomState(0).poisson(0.3, (len(labels), 1500)).astype(np.float32)  # 1.2 million values, 9 MB as CSR
     path = write_cells(tmp_path / "cells.h5ad", dense, labels, [f"GENE{i}" for i in range(1500)], layout, "plain")
     monkeypatch.setattr(prepare, "BLOCK", 2**15)
-    kept, is_target = np.ones(len(labels), dtype=bool), np.zeros(1500, dtype=bool)
-    with h5py.File(path) as file:
-        def blocks():
-            return prepare.read_blocks(file["X"], path, *dense.shape)
-
-        tracemalloc.start()
-        totals, _ = prepare.scan_expression(blocks, len(labels), SimpleNamespace(normalize=True), path, "")
-        X, chosen = prepare.read_expression(blocks, kept, np.median(totals) / totals, is_target, 30)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert chosen.sum() == 30 and peak < 4e6
+    args = arguments(prepare, "--dataset", "mine", "--h5ad", path, "--normalize", "--n-genes", 30)
+    tracemalloc.start()
+    cells = prepare.open_h5ad(path, args, path)
+    X = sparse.vstack(list(cells.blocks()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6 and X.nnz == cells.n_values
+    chosen = np.isin([f"GENE{i}" for i in range(1500)], cells.genes)
+    assert 30 <= chosen.sum() <= 33  # with the targets
     np.testing.assert_allclose(X.toarray(), logged(dense)[:, chosen], rtol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_cells(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 2**15)
+    peaks = []
+    for n in (4, 40):
+        labels = LABELS * n
+        dense = np.random.RandomState(0).poisson(0.3, (len(labels), 1500)).astype(np.float32)
+        path = write_cells(tmp_path / f"{n}.h5ad", dense, labels, [f"GENE{i}" for i in range(1500)], "csr", "plain")
+        del dense
+        tracemalloc.start()
+        with mock.patch.object(prepare, "parse_arguments", return_value=arguments(
+                prepare, "--root", tmp_path, "--dataset", f"n{n}", "--h5ad", path, "--normalize", "--vocab", "none")):
+            prepare.main()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (tmp_path / "data/n40/dataset.h5").stat().st_size > 8e6 and peaks[1] < peaks[0] + 1e6
+
+
+def test_rows_of_the_matrix_on_disk_are_those_in_memory(prepare, tmp_path):
+    dense = logged(counts())
+    dense[7] = dense[-1] = 0
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        blocks = [sparse.csr_matrix(part) for part in (dense[:1], dense[1:40], dense[40:40], dense[40:])]
+        assert list(prepare.write_blocks(file, "X", blocks, np.count_nonzero(dense), dense.shape)) == blocks
+    with h5py.File(path) as file:
+        X = prepare.ExpressionMatrix(file["X"], dense.shape[1])
+    for cells in ([5, 5, 0], [7], [], [len(dense) - 1, 7, 3], np.random.default_rng(0).permutation(len(dense))):
+        rows = X[np.array(cells, dtype=int)]
+        assert rows.format == "csr" and rows.dtype == np.float32
+        np.testing.assert_array_equal(rows.toarray(), dense[np.array(cells, dtype=int)])
 
 
 @pytest.mark.parametrize("encoding", ["plain", "fixed length", "nullable", "categories", "old categories", "nullable categories"])

@@ -126,10 +126,13 @@ def test_moments_and_ranking_are_those_of_scipys_welch_test(prepare):
     dense[:80, :30] *= 1.7
     dense[:, 5] = 0  # a gene that no cell expresses
     condition = np.repeat([0, 1, 2], [80, 40, 80])
-    mean, variance = prepare.moments(sparse.csr_matrix(dense), condition, 3)
+    order = rng.permutation(200)
+    blocks = [sparse.csr_matrix(dense[cells]) for cells in np.split(order, [1, 70, 70, 130])]
+    mean, variance = prepare.moments(blocks, condition[order], 3, 61)
+    assert not mean[:, 60].any() and not variance[:, 60].any()  # a gene that the blocks lack
     for c in range(3):
-        np.testing.assert_allclose(mean[c], dense[condition == c].mean(0), atol=1e-12)
-        np.testing.assert_allclose(variance[c], dense[condition == c].var(0, ddof=1), atol=1e-12)
+        np.testing.assert_allclose(mean[c, :60], dense[condition == c].mean(0), atol=1e-12)
+        np.testing.assert_allclose(variance[c, :60], dense[condition == c].var(0, ddof=1), atol=1e-12)
     de_idx = prepare.rank_de(mean, variance, np.array([80, 40, 80]), ctrl=2, n_measured=60)
     assert (de_idx[2] == -1).all()
     for c in range(2):
