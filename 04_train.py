@@ -803,7 +803,7 @@ def only_trainer(run, machine):
         lock.release()
 
 
-def find_runs(root, dataset, wanted, args):
+def find_runs(root, dataset, wanted=None):
     """The finished runs of a dataset, as namespaces (name, seed, path, config), in order of name and seed:
     all, or those with the names `wanted`. Runs that are not finished or have other data are left out, with a
     line."""

@@ -158,14 +158,13 @@ def fetch_released(variant, args):
     """Download a variant that the authors fine-tuned on this dataset; returns the paths. File names follow no
     rule: the bucket is asked for the list."""
     with shared.request(BUCKET, params={"list-type": 2, "prefix": FINETUNED}) as response:
-        listing = response.text
-    found = re.findall(rf"<Key>{FINETUNED}([\w+-]+)/([\w-]+)/([\w.+-]+\.pt)</Key>", listing)
-    files = [file for *place, file in found if place == [variant, args.dataset]]
-    if not files:
-        there = sorted({f"{name} ({dataset})" for name, dataset, _ in found})
-        sys.exit(f"error: --run released:{variant}: {shared.address(BUCKET)} has no such model of "
-                 f"{args.dataset}; there are: {', '.join(there) or 'none'}")
+        keys = re.findall(rf"<Key>({FINETUNED}[\w+-]+/[\w-]+/[\w.+-]+\.pt)</Key>", response.text)
     place = f"{FINETUNED}{variant}/{args.dataset}/"
+    files = [key.removeprefix(place) for key in keys if key.startswith(place)]
+    if not files:
+        places = sorted({key.removeprefix(FINETUNED).rpartition("/")[0] for key in keys})
+        sys.exit(f"error: --run released:{variant}: {shared.address(BUCKET)} has no such model of "
+                 f"{args.dataset}; there are: {', '.join(places) or 'none'}")
     folder = args.root / "data" / "human" / "raw" / "finetuned" / variant / args.dataset
     return [shared.download(BUCKET + urllib.parse.quote(place + file), folder / file) for file in files]
 
@@ -192,10 +191,12 @@ def find_files(items, args):
 
 def find_models(args):
     """The models of --run: the kit's runs, and files. By default all finished runs."""
-    files = [item for item in args.run or () if item.endswith(".pt") or item.startswith("released:")]
-    others = {*files, *named_baselines(args)}
-    names = [item for item in args.run if item not in others] if args.run else None
-    return training.find_runs(args.root, args.dataset, names, args) + find_files(files, args)
+    if not args.run:
+        return training.find_runs(args.root, args.dataset)
+    files = [item for item in args.run if item.endswith(".pt") or item.startswith("released:")]
+    others = files + named_baselines(args)
+    names = [item for item in args.run if item not in others]
+    return training.find_runs(args.root, args.dataset, names) + find_files(files, args)
 
 
 def named_baselines(args):
@@ -282,26 +283,33 @@ def predict_means(run, data, test, machine, keep_cells):
 def predict_run(run, args, data, test, machine):
     """A run's mean predicted profiles of the test conditions (P, G), from predictions/ if they are there."""
     path = args.root / "results" / args.dataset / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
-    cells_path = path.with_suffix(".cells.h5ad")
     made = shared.made_from({"controls": args.controls or "as cells", "seed": args.seed},
                             {"dataset.h5": test.fingerprint, "model": shared.checksum(run.path)})
-    wanted = [path, cells_path] if args.cells else [path]
-    if not all([shared.is_current(file, made, args.force) for file in wanted]):
+    is_there = shared.is_current(path, made, args.force)
+    if args.cells:
+        is_there &= shared.is_current(path.with_suffix(".cells.h5ad"), made, args.force)
+    if not is_there:
         started = time.perf_counter()
         means, blocks = predict_means(run, data, test, machine, args.cells)
-        obs = {"condition": test.names, "subgroup": test.subgroups, "model": [run.name] * len(test.rows),
-               "seed": [run.seed] * len(test.rows), "n_controls": [len(cells) for cells in test.controls]}
-        prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes,
-                           describe(data, "predicted means"), test.ctrl)
-        if args.cells:
-            control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
-            labels = [name for name, cells in zip(test.names, test.controls) for _ in cells]
-            labels = [prepare.CONTROL] * len(control) + labels
-            runs = [run] * len(labels)
-            write_cells(cells_path, made, data, np.concatenate([control, *blocks]), labels, runs)
+        write_predictions(path, made, run, data, test, means, blocks)
         print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {path}")
     with shared.read_h5(path) as file:
         return file["X"][:]
+
+
+def write_predictions(path, made, run, data, test, means, blocks):
+    """Write what predict_means returns: a run's mean profiles, and where there are any its cells."""
+    n = len(test.rows)
+    n_controls = [len(cells) for cells in test.controls]
+    obs = {"condition": test.names, "subgroup": test.subgroups, "model": [run.name] * n,
+           "seed": [run.seed] * n, "n_controls": n_controls}
+    description = describe(data, "predicted means")
+    prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes, description, test.ctrl)
+    if blocks:
+        control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
+        labels = [prepare.CONTROL] * len(control) + list(np.repeat(test.names, n_controls))
+        cells = np.concatenate([control, *blocks])
+        write_cells(path.with_suffix(".cells.h5ad"), made, data, cells, labels, [run] * len(labels))
 
 
 def describe(data, what):
@@ -441,9 +449,10 @@ def halves(data, rows, draw):
 def all_baselines(data, test, ridge_files):
     """The profiles of every baseline, as `score` takes them. ridge_files: {source: file of vectors}."""
     wanted = targets_at(data, test.rows)
-    means = [(name, "", predicted) for name, predicted in baseline_means(data, wanted).items()]
-    means += [("random", draw, random_means(data, test.rows, draw)) for draw in range(N_DRAWS)]
-    means += [(name, "", predicted) for name, predicted in ridge_profiles(data, wanted, ridge_files).items()]
+    found = baseline_means(data, wanted) | ridge_profiles(data, wanted, ridge_files)
+    means = [(name, "", predicted) for name, predicted in found.items()]
+    for draw in range(N_DRAWS):
+        means.append(("random", draw, random_means(data, test.rows, draw)))
     profiles = [(name, draw, predicted[:, test.gene_idx], test.true) for name, draw, predicted in means]
     for draw in range(N_DRAWS):
         one, other = halves(data, test.rows, draw)[:, :, test.gene_idx]
@@ -578,27 +587,13 @@ def write_csv(path, header, rows):
             writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in row)
 
 
-def retrieval_ranks(predicted, true, ctrl):
-    """Which perturbation led to these cells? For each of P conditions the rank, from 1 on, of its own
-    prediction among all P, by the Pearson correlation of predicted with its measured change; ties share the
-    mean rank. predicted, true (P, G), ctrl (G,)."""
-    changes = [profiles - ctrl for profiles in (predicted, true)]
-    changes = [change - change.mean(1, keepdims=True) for change in changes]
-    with np.errstate(invalid="ignore"):
-        of_predicted, of_true = (c / np.linalg.norm(c, axis=1, keepdims=True) for c in changes)
-    likeness = np.nan_to_num(of_true @ of_predicted.T)  # a prediction of no change is like nothing
-    own = np.diag(likeness)[:, None]
-    is_tie = np.isclose(likeness, own, rtol=0, atol=1e-9)
-    return 1 + (~is_tie & (likeness > own)).sum(1) + (is_tie.sum(1) - 1) / 2
-
-
 def found_first(profiles, test):
     """{model: [share of test conditions whose own prediction is among the first 1, 5, 10]}, mean over
     seeds."""
     shares = {}
     for name, _, predicted, true in profiles:
         if np.isfinite(predicted).all() and np.isfinite(true).all():
-            ranks = retrieval_ranks(predicted, true, test.ctrl)
+            ranks = metrics.retrieval_ranks(predicted, true, test.ctrl)
             shares.setdefault(name, []).append([(ranks <= k).mean() for k in FIRST])
     return {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
 
@@ -650,8 +645,13 @@ def markdown_table(header, rows):
     """A Markdown table whose columns also line up in a terminal."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    lines.insert(1, f"|{rule}|")
+    return "\n".join(lines)
 
 
 def marked_column(outcome, group, metric):
@@ -660,15 +660,21 @@ def marked_column(outcome, group, metric):
     printed = {name: float(text.split()[0]) for name, text in texts.items()
                if text and name != CEILING and name not in outcome.unranked}
     ranked = sorted(set(printed.values()), reverse=METRICS[metric][1])
-    mark_of = dict(zip(ranked, ("**", "*")))
-    marks = {name: mark_of.get(printed.get(name), "") for name in texts}
-    return [f"{marks[name]}{text}{marks[name]}" for name, text in texts.items()]
+    column = []
+    for name, text in texts.items():
+        rank = ranked.index(printed[name]) if name in printed else None
+        mark = {0: "**", 1: "*"}.get(rank, "")
+        column.append(f"{mark}{text}{mark}")
+    return column
 
 
 def paper_rows(text, columns=slice(None)):
     """{model: [cell, ...]} of one of the paper's tables above, or of some of its columns."""
-    rows = (line.strip().split(None, 1) for line in text.strip().splitlines())
-    return {name: [cell.strip() for cell in cells.split("|")][columns] for name, cells in rows}
+    rows = {}
+    for line in text.strip().splitlines():
+        name, cells = line.strip().split(None, 1)
+        rows[name] = [cell.strip() for cell in cells.split("|")][columns]
+    return rows
 
 
 def table_with_paper(names, columns, paper, paper_header):
@@ -681,34 +687,39 @@ def table_with_paper(names, columns, paper, paper_header):
     return markdown_table(header, rows)
 
 
+def best_model(outcome):
+    """The ranked model with the highest main metric, not a shuffled control; None if no model is ranked."""
+    ranked = [name for name in outcome.models if name not in outcome.unranked and "-shuffled" not in name]
+    return max(ranked, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
+
+
 def verdict(outcome):
     """What came out: a few sentences, and a table of the best model beside its rivals (Markdown)."""
-    summary, unranked = outcome.summary, outcome.unranked
-    reasons = "".join(f" {name} is not ranked: {why}." for name, why in unranked.items())
-    ranked = [name for name in outcome.models if name not in unranked and "-shuffled" not in name]
-    if not ranked:
+    summary, best = outcome.summary, best_model(outcome)
+    reasons = "".join(f" {name} is not ranked: {why}." for name, why in outcome.unranked.items())
+    if best is None:
         return "No model is ranked: only baselines are compared." + reasons, ""
 
     def main_value(name):
         return summary[name, "all", MAIN_METRIC][0]
 
-    best = max(ranked, key=main_value)
+    # The rivals, and in how many conditions the best model is better than each
     baselines = [name for name in outcome.names if name not in outcome.models and name != CEILING]
-    variant, *suffix = best.split(",")
-    shuffled = ",".join([f"{variant}-shuffled", *suffix])
+    variant, *labels = best.split(",")
+    shuffled = ",".join([f"{variant}-shuffled", *labels])
     candidates = ["non-ctrl-mean", shuffled, "scgpt", max(baselines, key=main_value), "no-change"]
     rivals = [name for name in dict.fromkeys(candidates) if name != best and name in outcome.names]
-
     values = by_condition(outcome.rows, MAIN_METRIC)
     table = []
     for name in (best, *rivals):
-        n_better = sum(value > values[name][condition] for condition, value in values[best].items()
-                       if condition in values[name])
+        both = values[best].keys() & values[name].keys()
+        n_better = sum(values[best][condition] > values[name][condition] for condition in both)
         table.append([name, number(*value_of(summary, name, "all", MAIN_METRIC)),
                       number(*value_of(summary, name, "all", "mse_top20"), "mse"),
                       "" if name == best else f"{n_better} of {len(values[best])}"])
     header = ["model", "Pearson Δ top 20", "MSE top 20", f"{best} better in"]
 
+    # In words
     beats = "beats" if main_value(best) > main_value("non-ctrl-mean") else "does NOT beat"
     text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({table[0][1]}), {beats} the mean of "
             f"the training perturbations ({table[1][1]}).")
@@ -781,7 +792,10 @@ def write_report(path, args, data, test, outcome):
     table = [[run.name, run.seed, run.config.get("best_epoch", "–"),
               number(run.config.get("best_val_mse", math.nan)), run.config.get("n_parameters", "–"),
               shared.checksum(run.path)] for run in outcome.runs]
-    sections += ["![Bars by subgroup](subgroups.png)", "## Runs", markdown_table(header, table),
+    sections += ["![Bars by subgroup](subgroups.png)"]
+    if best_model(outcome):
+        sections += ["![Predicted against measured change, of the best model](scatter.png)"]
+    sections += ["## Runs", markdown_table(header, table), "![Training](training.png)" if table else "",
                  f"Control cells a condition: {args.controls or 'as many as it has cells'}, drawn with seed "
                  f"{args.seed}, the same for all models."]
     shared.write_text(path, "\n\n".join(filter(None, sections)) + "\n")
@@ -789,8 +803,15 @@ def write_report(path, args, data, test, outcome):
 
 def ordered_subgroups(test):
     """{subgroup: number of conditions}, single targets first, and `all` at the end."""
-    groups = sorted(set(test.subgroups) - {""}, key=lambda group: (group != "unseen_single", group))
-    return {group: (test.subgroups == group).sum() for group in groups} | {"all": len(test.rows)}
+    groups = {}
+    for group in sorted(set(test.subgroups) - {""}, key=single_first):
+        groups[group] = int((test.subgroups == group).sum())
+    return groups | {"all": len(test.rows)}
+
+
+def single_first(group):
+    """The key that sorts subgroups: single targets first."""
+    return group != "unseen_single", group
 
 
 def print_table(outcome, names, test, data):
@@ -819,16 +840,17 @@ def print_table(outcome, names, test, data):
 
 def draw_split(path, data, title):
     """Draw the conditions of the split by subgroup (the paper's Figure 7)."""
-    bars = {}
+    labels, sizes, colors = [], [], []
     for part, color in zip(("train", "val", "test"), shared.COLORS):
         groups = data.subgroup[data.split == part]
-        for group in sorted(set(groups), key=lambda group: (group != "unseen_single", group)):
-            bars[f"{part} {group.replace('_', ' ')}".strip()] = (groups == group).sum(), color
-    figure = shared.new_figure(6.5, 0.6 + 0.35 * len(bars), title)
+        for group in sorted(set(groups), key=single_first):
+            labels.append(f"{part} {group.replace('_', ' ')}".strip())
+            sizes.append((groups == group).sum())
+            colors.append(color)
+    figure = shared.new_figure(6.5, 0.6 + 0.35 * len(labels), title)
     axes = figure.subplots()
-    sizes, colors = zip(*bars.values())
-    axes.bar_label(axes.barh(range(len(bars)), sizes, color=colors), padding=3)
-    axes.set_yticks(range(len(bars)), list(bars))
+    axes.bar_label(axes.barh(range(len(labels)), sizes, color=colors), padding=3)
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlabel("conditions")
     shared.save_figure(figure, path)
@@ -848,29 +870,78 @@ def bar_style(name, models, others):
 def draw_bars(path, outcome, groups, title):
     """Draw bars with 95% intervals: Pearson delta and squared error on the top 20 genes, by subgroup (the
     paper's Figures 10 and 14 to 16). Of the ridge regressions only the best is shown."""
-    summary = outcome.summary
     ridges = [name for name in outcome.names if name.startswith("ridge_")]
-    best_ridge = max(ridges, key=lambda name: summary[name, "all", MAIN_METRIC][0], default=None)
+    best_ridge = max(ridges, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
     names = [name for name in outcome.names if name not in ridges or name == best_ridge]
-    others = [name for name in names if name not in outcome.models]
     figure = shared.new_figure(min(max(6.5, 1.2 + 0.22 * len(names) * len(groups)), 30), 7.5, title)
-    labels = {MAIN_METRIC: "Pearson Δ, top 20 DE genes", "mse_top20": "MSE, top 20 DE genes"}
-    for axes, (metric, label) in zip(figure.subplots(2, 1), labels.items()):
-        largest = 0
-        for i, name in enumerate(names):
-            means, half_widths = np.array([value_of(summary, name, group, metric) for group in groups]).T
-            x = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * 0.85 / len(names)
-            axes.bar(x, means, 0.8 / len(names), label=name, capsize=2, error_kw={"lw": 1},
-                     yerr=None if np.isnan(half_widths).all() else half_widths,
-                     **bar_style(name, outcome.models, others))
-            largest = np.nanmax([largest, *means])
-        low, high = axes.get_ylim()  # intervals over two seeds may run far beyond what can be
-        is_main = metric == MAIN_METRIC
-        axes.set_ylim(*((max(low, -1.05), min(high, 1.05)) if is_main else (0, min(high, 1.5 * largest))))
-        axes.axhline(0, color="black", lw=0.8)
-        axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
-        axes.set_ylabel(label)
+    upper, lower = figure.subplots(2, 1)
+    draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
+    draw_bar_panel(lower, outcome, names, groups, "mse_top20")
+
+    # Intervals over two seeds may run far beyond what can be
+    low, high = upper.get_ylim()
+    upper.set_ylim(max(low, -1.05), min(high, 1.05))
+    largest = max(value_of(outcome.summary, name, group, "mse_top20")[0] for name in names for group in groups)
+    lower.set_ylim(0, min(lower.get_ylim()[1], 1.5 * largest))
+    upper.set_ylabel("Pearson Δ, top 20 DE genes")
+    lower.set_ylabel("MSE, top 20 DE genes")
+    add_legend(figure)
+    shared.save_figure(figure, path)
+
+
+def draw_bar_panel(axes, outcome, names, groups, metric):
+    """Draw the bars of one metric, a group of models a subgroup."""
+    others = [name for name in names if name not in outcome.models]
+    for i, name in enumerate(names):
+        values = np.array([value_of(outcome.summary, name, group, metric) for group in groups])
+        means, half_widths = values.T
+        x = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * 0.85 / len(names)
+        axes.bar(x, means, 0.8 / len(names), label=name, capsize=2, error_kw={"lw": 1},
+                 yerr=None if np.isnan(half_widths).all() else half_widths,
+                 **bar_style(name, outcome.models, others))
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
+
+
+def draw_scatter(path, name, outcome, profiles, test):
+    """Draw a model's predicted against the measured change of every gene, the top 20 in colour: for the three
+    test conditions that it predicts best, three in the middle, and the three worst."""
+    predicted = np.mean([of_seed for of_model, _, of_seed, _ in profiles if of_model == name], axis=0)
+    value_of_condition = by_condition(outcome.rows, MAIN_METRIC)[name]
+    order = sorted(range(len(test.names)), key=lambda i: -value_of_condition[test.names[i]])
+    middle = len(order) // 2
+    chosen = sorted({*range(len(order))[:3], *range(len(order))[middle - 1:middle + 2],
+                     *range(len(order))[-3:]})
+    figure = shared.new_figure(9, 9, f"{name}: change of each gene, top 20 in colour; best, middle, worst")
+    for axes, place in zip(figure.subplots(3, 3).flat, chosen):
+        i = order[place]
+        x, y = test.true[i] - test.ctrl, predicted[i] - test.ctrl
+        top = test.de_idx[i][test.de_idx[i] >= 0]
+        axes.axline((0, 0), slope=1, color="black", lw=0.5)
+        axes.scatter(x, y, s=4, color=shared.GREY)
+        axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
+        axes.set_title(f"{test.names[i]}: {value_of_condition[test.names[i]]:.2f}", fontsize=9)
+    figure.supxlabel("measured change")
+    figure.supylabel("predicted change")
+    shared.save_figure(figure, path)
+
+
+def draw_training(path, runs, title):
+    """Draw the validation error of runs by epoch, from their log.csv; models given as files have none."""
+    figure = shared.new_figure(6.5, 4.5, title)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(run.name for run in runs))
+    for run in runs:
+        log = run.path.with_name("log.csv")
+        if run.config and log.exists():
+            values = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
+            color = shared.COLORS[names.index(run.name) % len(shared.COLORS)]
+            label = run.name if run is next(other for other in runs if other.name == run.name) else None
+            axes.plot(values["epoch"], values["val_mse"], color=color, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation error (MSE)")
     add_legend(figure)
     shared.save_figure(figure, path)
 
@@ -1572,6 +1643,10 @@ def evaluate(args, data, runs, embeddings, machine):
     draw_split(results / "split.png", data, f"{label}: conditions of the split")
     draw_bars(results / "subgroups.png", outcome, list(ordered_subgroups(test)), f"{label}: held-out "
               "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
+    if best := best_model(outcome):
+        draw_scatter(results / "scatter.png", best, outcome, profiles, test)
+    if runs:
+        draw_training(results / "training.png", runs, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
 
     print_table(outcome, [*outcome.models, "non-ctrl-mean", "no-change"], test, data)

@@ -3,6 +3,7 @@ only.
 
     scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value a condition}
     scores |= evaluate_specific(pred, true, perturbed_mean)      # do predictions tell perturbations apart?
+    ranks = retrieval_ranks(pred, true, ctrl)                    # which perturbation led to these cells?
     mean, half_width = interval95(values_of_seeds)
 
 Sources: MSE, Pearson and Pearson delta on all and on the top 20 differentially expressed genes are those of
@@ -62,6 +63,26 @@ def evaluate_specific(pred, true, perturbed_mean):
     every = np.ones(pred.shape, dtype=bool)
     return {"pearson_systema": pearson(pred - perturbed_mean, true - perturbed_mean, every),
             "centroid_accuracy": farther}
+
+
+def retrieval_ranks(pred, true, ctrl):
+    """The reverse question, which perturbation led to these cells: for each condition the rank (P,), from 1
+    on, of its own prediction among all P, by the Pearson correlation of predicted with its measured change.
+
+    pred, true (P, G): mean expression of each condition; ctrl (G,). Ties share the mean rank.
+    """
+    predicted, measured = (_unit_rows(np.asarray(profiles, np.float64) - ctrl) for profiles in (pred, true))
+    likeness = measured @ predicted.T  # (P, P), row: measured change, column: prediction
+    own = np.diag(likeness)[:, None]
+    is_tie = np.isclose(likeness, own, rtol=0, atol=1e-9)
+    n_above = (~is_tie & (likeness > own)).sum(1)
+    return 1 + n_above + (is_tie.sum(1) - 1) / 2
+
+
+def _unit_rows(a):
+    """Rows minus their means, scaled to length 1; one that is constant becomes 0, like nothing else."""
+    centred, norm = _centred(a, np.ones(a.shape, dtype=bool))
+    return centred / np.where(norm > 0, norm, np.inf)[:, None]
 
 
 def pearson(a, b, is_used):

@@ -159,4 +159,4 @@ def test_a_released_model_that_the_bucket_does_not_list_is_an_error_that_names_t
     error = hosted.run("05_eval.py", "--run", "released:scgpt", check=False).stderr
     assert error.startswith("error: --run released:scgpt: ")
     assert error.endswith(
-        "has no such model of dixit; there are: scgenept_ncbi+uniprot (dixit), scgpt (norman)\n")
+        "has no such model of dixit; there are: scgenept_ncbi+uniprot/dixit, scgpt/norman\n")

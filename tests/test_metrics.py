@@ -80,3 +80,21 @@ def test_specific_scores_tell_a_perfect_prediction_from_one_that_is_the_same_for
     assert perfect["centroid_accuracy"].min() == 1 and perfect["pearson_systema"].min() == pytest.approx(1)
     assert same["centroid_accuracy"].mean() == pytest.approx(0.5) and not same["pearson_systema"].any()
     assert np.isnan(metrics.evaluate_specific(true[:1], true[:1], reference)["centroid_accuracy"]).all()  # nothing to tell it apart from
+
+
+def test_ranks_of_the_reverse_question_are_those_of_a_plain_loop():
+    rng = np.random.default_rng(5)
+    predicted, true, ctrl = rng.normal(size=(7, 30)), rng.normal(size=(7, 30)), rng.normal(size=30)
+    predicted[2] = predicted[4]  # a tie
+    ranks = metrics.retrieval_ranks(predicted, true, ctrl)
+    for i in range(7):
+        likeness = [np.corrcoef(guess - ctrl, true[i] - ctrl)[0, 1] for guess in predicted]
+        above = sum(value > likeness[i] + 1e-9 for value in likeness)
+        ties = sum(abs(value - likeness[i]) <= 1e-9 for value in likeness) - 1
+        assert ranks[i] == 1 + above + ties / 2
+
+
+def test_a_prediction_that_is_the_same_for_all_finds_nothing():
+    true = np.random.default_rng(6).normal(size=(9, 20))
+    ranks = metrics.retrieval_ranks(np.tile(true[0], (9, 1)), true, np.zeros(20))
+    assert (ranks == 5).all()

@@ -530,7 +530,7 @@ def test_force_killed_midway_leaves_the_old_model_in_use_and_goes_on_beside_it(t
     process.kill()
     process.communicate()
     assert are_equal(before, weights(root)) and "finished already" in train(root, "--epochs", 1).stdout
-    assert [run.path for run in training.find_runs(root, "demo", None, None)] == [root / "runs/demo/scgpt/seed42/model.pt"]
+    assert [run.path for run in training.find_runs(root, "demo")] == [root / "runs/demo/scgpt/seed42/model.pt"]
 
     assert "goes on after epoch" in train(root, *again).stdout
     assert len(log_of(root)) == config_of(root)["epochs"] == 8 and config_of(root)["lr"] == 2e-3
