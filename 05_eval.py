@@ -447,17 +447,16 @@ def halves(data, rows, draw):
 
 
 def all_baselines(data, test, ridge_files):
-    """The profiles of every baseline, as `score` takes them. ridge_files: {source: file of vectors}."""
+    """Yield the profiles of every baseline, as `compare` takes them. ridge_files: {source: file of vectors}.
+    """
     wanted = targets_at(data, test.rows)
-    found = baseline_means(data, wanted) | ridge_profiles(data, wanted, ridge_files)
-    means = [(name, "", predicted) for name, predicted in found.items()]
+    for name, means in (baseline_means(data, wanted) | ridge_profiles(data, wanted, ridge_files)).items():
+        yield name, "", means[:, test.gene_idx], test.true
     for draw in range(N_DRAWS):
-        means.append(("random", draw, random_means(data, test.rows, draw)))
-    profiles = [(name, draw, predicted[:, test.gene_idx], test.true) for name, draw, predicted in means]
+        yield "random", draw, random_means(data, test.rows, draw)[:, test.gene_idx], test.true
     for draw in range(N_DRAWS):
         one, other = halves(data, test.rows, draw)[:, :, test.gene_idx]
-        profiles.append((CEILING, draw, one, other))
-    return profiles
+        yield CEILING, draw, one, other
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -541,19 +540,18 @@ def check_values(profiles, is_whole, ctrl, path):
 # ----------------------------------------------------------------------------------------------------------
 # Scores
 
-def score(profiles, test):
-    """Rows (model, seed, condition, subgroup, metric, value) of profiles, a list of (model, seed, predicted
-    (P, G), true (P, G)). A condition that a profile lacks (NaN) has no row."""
+def score(name, seed, predicted, true, test):
+    """Rows (model, seed, condition, subgroup, metric, value) of predicted and true profiles (P, G). A condition
+    that one of them lacks (NaN) has no row."""
+    there = np.flatnonzero(np.isfinite(predicted).all(1) & np.isfinite(true).all(1))
+    scores = metrics.evaluate(predicted[there], true[there], test.ctrl, test.de_idx[there])
+    scores |= metrics.evaluate_specific(predicted[there], true[there], test.perturbed_mean)
     rows = []
-    for name, seed, predicted, true in profiles:
-        there = np.flatnonzero(np.isfinite(predicted).all(1) & np.isfinite(true).all(1))
-        scores = metrics.evaluate(predicted[there], true[there], test.ctrl, test.de_idx[there])
-        scores |= metrics.evaluate_specific(predicted[there], true[there], test.perturbed_mean)
-        for i, p in enumerate(there):
-            for metric in METRICS:
-                if not math.isnan(scores[metric][i]):
-                    value = float(scores[metric][i])
-                    rows.append((name, seed, test.names[p], test.subgroups[p], metric, value))
+    for i, p in enumerate(there):
+        for metric in METRICS:
+            if not math.isnan(scores[metric][i]):
+                value = float(scores[metric][i])
+                rows.append((name, seed, test.names[p], test.subgroups[p], metric, value))
     return rows
 
 
@@ -587,28 +585,20 @@ def write_csv(path, header, rows):
             writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in row)
 
 
-def found_first(profiles, test):
-    """{model: [share of test conditions whose own prediction is among the first 1, 5, 10]}, mean over
-    seeds."""
-    shares = {}
-    for name, _, predicted, true in profiles:
+def compare(profiles, models, test):
+    """Score profiles, (model, seed, predicted (P, G), true (P, G)) each, and decide which of the trained
+    models and other methods `models` may be called best, as a namespace.
+
+    rows, summary: see `score` and `summarize`; names: all that has scores; unranked: {model: why it is not
+    ranked}; found_first: {model: [share of the conditions whose own prediction is among the first 1, 5, 10
+    guesses of the reverse question]}, mean over seeds; models.
+    """
+    rows, shares = [], {}
+    for name, seed, predicted, true in profiles:
+        rows += score(name, seed, predicted, true, test)
         if np.isfinite(predicted).all() and np.isfinite(true).all():
             ranks = metrics.retrieval_ranks(predicted, true, test.ctrl)
             shares.setdefault(name, []).append([(ranks <= k).mean() for k in FIRST])
-    return {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
-
-
-def compare(profiles, baselines, runs, test):
-    """Score all profiles and decide which models may be called best, as a namespace.
-
-    found_first, rows, summary: see there, `score` and `summarize`; names: all that has scores; models: the
-    names of runs and other methods, the rest are baselines; unranked: {model: why it is not ranked}.
-    """
-    rows = score(profiles + baselines, test)
-    summary = summarize(rows)
-    names = [name for name in dict.fromkeys(name for name, *_ in profiles + baselines)
-             if (name, "all", "mse_all") in summary]
-    models = list(dict.fromkeys(name for name, *_ in profiles))
     errors = by_condition(rows, "mse_all")
     unranked = {}
     for name in models:
@@ -617,9 +607,9 @@ def compare(profiles, baselines, runs, test):
             unranked[name] = f"it has predictions of {len(errors[name])} of the {len(test.rows)} conditions"
         elif n_better < len(test.rows) / 2:
             unranked[name] = "its squared error is above that of no-change on most conditions"
-    return SimpleNamespace(rows=rows, summary=summary, names=names, models=models, unranked=unranked,
-                           found_first=found_first(profiles + baselines, test),
-                           trained={run.name for run in runs})
+    found_first = {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
+    return SimpleNamespace(rows=rows, summary=summarize(rows), names=list(errors), models=models,
+                           unranked=unranked, found_first=found_first)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -929,7 +919,7 @@ def draw_scatter(path, name, outcome, profiles, test):
 
 def draw_training(path, runs, title):
     """Draw the validation error of runs by epoch, from their log.csv; models given as files have none."""
-    figure = shared.new_figure(6.5, 4.5, title)
+    figure = shared.new_figure(7.5, 5, title)
     axes = figure.subplots()
     names = list(dict.fromkeys(run.name for run in runs))
     for run in runs:
@@ -939,17 +929,16 @@ def draw_training(path, runs, title):
             color = shared.COLORS[names.index(run.name) % len(shared.COLORS)]
             label = run.name if run is next(other for other in runs if other.name == run.name) else None
             axes.plot(values["epoch"], values["val_mse"], color=color, label=label)
-    axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation error (MSE)")
-    add_legend(figure)
+    add_legend(figure, 2)
     shared.save_figure(figure, path)
 
 
-def add_legend(figure):
+def add_legend(figure, n_columns=4):
     """Put one legend below all panels."""
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(*handles, loc="outside lower center", ncols=n_columns, frameon=False, fontsize="small")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1630,8 +1619,9 @@ def evaluate(args, data, runs, embeddings, machine):
     profiles = [(run.name, run.seed, predict_run(run, args, data, test, machine), test.true) for run in runs]
     profiles += [(name, "", means, true) for name, means, true in external]
     ridge_files = choose_ridge_files(embeddings)
-    outcome = compare(profiles, all_baselines(data, test, ridge_files), runs, test)
-    outcome.runs, outcome.ridge_files = runs, ridge_files
+    models = list(dict.fromkeys(name for name, *_ in profiles))
+    outcome = compare(itertools.chain(profiles, all_baselines(data, test, ridge_files)), models, test)
+    outcome.trained, outcome.runs, outcome.ridge_files = {run.name for run in runs}, runs, ridge_files
 
     header = ("model", "seed", "condition", "subgroup", "metric", "value")
     write_csv(results / "metrics.csv", header, outcome.rows)
