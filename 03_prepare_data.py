@@ -20,7 +20,8 @@ Reads any AnnData file (X dense, CSR or CSC; also gzipped, or in a zip such as G
 one label of the cells stands for: the control (`ctrl`), one target (`KLF1+ctrl`) or several (`KLF1+MAP2K6`).
 X has to be log-normalized expression, or raw counts with --normalize. A target that the data does not measure
 joins as a gene with expression 0, so that it can be flagged as perturbed; it never counts in a loss or a
-metric.
+metric. Screens may be larger than the memory: X goes from file to file in pieces (unless it is CSC, by genes,
+which has to be in memory once).
 
 dataset.h5, of G genes and P conditions: X (cells x G, CSR: data, indices, indptr; float32), genes (G),
 token_ids (G, rows of the vocabulary), measured (G), conditions (P), cell_condition (cells, rows of
@@ -529,6 +530,7 @@ def simulate_demo():
 
 def read_demo(args):
     """The demo's cells, in the form of open_h5ad."""
+    print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
     X, genes, labels = simulate_demo()
     genes = np.array(genes, dtype=object)
     labels, label_of_cell = np.unique(labels, return_inverse=True)
@@ -1110,18 +1112,21 @@ class ExpressionMatrix:
     """
     def __init__(self, group, n_genes):
         self.indptr = group["indptr"][:].astype(np.int64)
+        self.data, self.indices = map_into_memory(group["data"]), map_into_memory(group["indices"])
         self.shape = len(self.indptr) - 1, n_genes
-        self.data, self.indices = (
-            np.memmap(group.file.filename, group[name].dtype, "r", group[name].id.get_offset(),
-                      group[name].shape) for name in ("data", "indices"))
 
     def __getitem__(self, cells):
         starts = self.indptr[cells]
-        n = self.indptr[cells + 1] - starts
-        indptr = np.concatenate([[0], np.cumsum(n)])
-        places = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], n)
+        n_values = self.indptr[cells + 1] - starts
+        indptr = np.concatenate([[0], np.cumsum(n_values)])  # of the rows that are read
+        places = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], n_values)
         return sparse.csr_matrix((self.data[places], self.indices[places], indptr),
-                                 shape=(len(n), self.shape[1]))
+                                 shape=(len(cells), self.shape[1]))
+
+
+def map_into_memory(dataset):
+    """A dataset that write_blocks wrote, as an array that the system reads from the file where it is used."""
+    return np.memmap(dataset.file.filename, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
 
 
 def load_dataset(path, made_by):
@@ -1314,17 +1319,14 @@ def main():
         print(f"next: {next_command(args)}")
         return
 
-    is_demo = source is None
-    if is_demo:
-        print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
-    with contextlib.nullcontext() if is_demo else open_cells(source, folder, sha256) as h5ad:
-        cells = read_demo(args) if is_demo else open_h5ad(h5ad, args, source, vocab_path)
+    with open_cells(source, folder, sha256) if source else contextlib.nullcontext() as h5ad:
+        cells = open_h5ad(h5ad, args, source, vocab_path) if source else read_demo(args)
         vocab = read_vocab(vocab_path) if vocab_path else None
         genes = number_genes(cells, vocab, source)
         split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes), source)
 
         vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
-        attributes = {"dataset": args.dataset, "synthetic": is_demo, "vocab": vocab_name,
+        attributes = {"dataset": args.dataset, "synthetic": source is None, "vocab": vocab_name,
                       "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
         made = dataset_made_from(args, source, vocab_path)
         write_dataset(path, made, attributes, cells, genes, split, subgroup)
