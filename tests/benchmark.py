@@ -7,7 +7,7 @@
     python tests/benchmark.py gpu --device cpu --quick     its lines, without a card
 
 Parts: train, parts (a batch of 64 cells, a few at a time), predict, growth, prepare (stage 03 on a file as
-large as Norman), large (on one of 500,000 cells x 20,000 genes), batches, annotations (stage 01's parsers),
+large as Norman), large (on screens of up to a million cells), batches, annotations (stage 01's parsers),
 help; gpu. Every measurement runs in a process of its own, so that its peak memory is its own. The full size
 needs about 20 GB of memory (the plain implementation does) and 6 GB of disk.
 
@@ -19,7 +19,9 @@ Measured with OMP_NUM_THREADS=1 on a machine of two CPU cores that did other wor
     predict: 5,045 genes, a cell                                         8.8 s, 0.7 GB
     the same with the plain implementation                               22.5 s, 3.3 GB
     prepare: 91,205 cells x 5,045 genes, 37 million values               1 s, 0.6 GB beyond the imports
-    large: 500,000 cells x 20,000 genes, 5,000 kept                      20 s, 2.1 GB
+    large: 500,000 cells x 20,000 genes, 5,000 kept                      24 s, 0.55 GB
+    250,000 and 1,000,000 cells x 8,000 genes, 2,000 targets             9 s, 0.84 GB; 43 s, 0.85 GB
+    a batch of 64 cells x 1,536 genes of those, from disk                1.1 ms, 0.26 GB in all
     batches: a batch of 64 cells x 1,536 genes                           0.4 ms
     annotations: 600,000 annotations and 45,000 terms                    1.6 s
     help: stages 01 to 03, stages 04 and 05                              0.2 s, 1.4 s
