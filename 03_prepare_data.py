@@ -3,7 +3,7 @@
     python 03_prepare_data.py                       the demo: a simulated Perturb-seq screen, no internet
     python 03_prepare_data.py --dataset norman      GEARS' file, downloaded to data/norman/ (169 MB)
 
-Cells of your own: python 03_prepare_data.py --dataset mine --h5ad mine.h5ad, and what fits of
+Your own cells: python 03_prepare_data.py --dataset mine --h5ad mine.h5ad, and whichever of these apply:
 
     --condition-key perturbation --control 'NT-*'   the obs column of labels, and the labels of control cells
     --normalize --n-genes 5000 --min-cells 20       X holds raw counts
@@ -17,11 +17,11 @@ Cells of your own: python 03_prepare_data.py --dataset mine --h5ad mine.h5ad, an
     --vocab none                                    for stage 04 --no-pretrained
 
 Reads any AnnData file (X dense, CSR or CSC; also gzipped, or in a zip such as GEARS'). A condition is what
-one label of the cells stands for: the control (`ctrl`), one target (`KLF1+ctrl`) or several (`KLF1+MAP2K6`).
+a cell's label stands for: the control (`ctrl`), one target (`KLF1+ctrl`) or several (`KLF1+MAP2K6`).
 X has to be log-normalized expression, or raw counts with --normalize. A target that the data does not measure
 joins as a gene with expression 0, so that it can be flagged as perturbed; it never counts in a loss or a
-metric. Screens may be larger than the memory: X goes from file to file in pieces (unless it is CSC, by genes,
-which has to be in memory once).
+metric. Screens may be larger than memory: X is copied in pieces (except CSC, stored by gene,
+which must fit in memory).
 
 dataset.h5, of G genes and P conditions: X (cells x G, CSR: data, indices, indptr; float32), genes (G),
 token_ids (G, rows of the vocabulary), measured (G), conditions (P), cell_condition (cells, rows of
@@ -195,7 +195,7 @@ def read_labels(n_cells, rules, drop, source):
     """What each label stands for, {label: targets}, without those that are left out.
 
     n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option. Ends
-    the run with all labels that cannot be read.
+    the run, listing every label that cannot be read.
     """
     targets_of, left_out, bad, controls = {}, [], [], {}
     for label, n in n_cells.items():
@@ -236,10 +236,9 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
 
     labels (L,): the labels of the source; label_of_cell (cells,): each cell's, -1 where it is missing.
     """
-    n_missing = (label_of_cell < 0).sum()
+    n_missing, *counts = np.bincount(label_of_cell + 1, minlength=len(labels) + 1)
     if n_missing:
         print(f"{n_missing:,} of {len(label_of_cell):,} cells have no {args.condition_key}: left out")
-    counts = np.bincount(label_of_cell[label_of_cell >= 0], minlength=len(labels))
     labels = [label.strip() for label in labels]
     n_cells = {}
     for label, n in zip(labels, counts):
@@ -299,7 +298,7 @@ def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pai
     unseen_single, or combo_seen<k> with k of its targets among the training genes. Legacy NumPy generator, as
     in the paper's runs.
     """
-    genes = sorted({gene for targets in targets_of.values() for gene in targets})
+    genes = sorted(set().union(*targets_of.values()))
     rng = np.random.RandomState(seed)
     train_genes = set(rng.choice(genes, int(len(genes) * train_share), replace=False))
     subgroup, train, seen_pairs = {}, [], []
@@ -350,6 +349,8 @@ def split_from_json(path, targets_of, rules):
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
     split, problems = {}, []
     for part, label in [(part, label) for part, labels in lists.items() for label in labels]:
+        if label == CONTROL:  # GEARS lists it among the training labels
+            continue
         condition = find_condition(label, targets_of, rules)
         if condition is None:
             near = difflib.get_close_matches(str(label), targets_of, 2)
@@ -365,10 +366,9 @@ def split_from_json(path, targets_of, rules):
 
     trained = {gene for label, part in split.items() if part == "train" for gene in targets_of[label]}
     subgroup = {}
-    for condition in [condition for condition, part in split.items() if part != "train"]:
-        targets = targets_of[condition]
+    for condition, targets in targets_of.items():
         n_seen = sum(gene in trained for gene in targets)
-        if len(targets) > 1:
+        if split[condition] != "train" and len(targets) > 1:
             subgroup[condition] = f"combo_seen{n_seen}"
         elif not n_seen:
             subgroup[condition] = "unseen_single"
@@ -408,24 +408,17 @@ def moments(blocks, cell_condition, n_conditions, n_genes):
     for X in blocks:
         conditions = cell_condition[n_read:n_read + X.shape[0]]
         n_read += X.shape[0]
-        X = X.astype(np.float64)
-        add_by_condition(sums, X, conditions)
-        X.data **= 2
-        add_by_condition(squares, X, conditions)
+        X, cells = X.astype(np.float64), np.arange(X.shape[0])
+        is_of = sparse.csr_matrix((np.ones(len(cells)), (conditions, cells)), (n_conditions, len(cells)))
+        for total, values in ((sums, X), (squares, X.power(2))):
+            part = (is_of @ values).tocoo()
+            total[part.row, part.col] += part.data
 
     mean, variance = sums, squares  # turned into these in place: they can be gigabytes
     for row, n in enumerate(np.bincount(cell_condition, minlength=n_conditions)):
         mean[row] /= n
         variance[row] = np.maximum(squares[row] - n * mean[row] ** 2, 0) / max(n - 1, 1)
     return mean, variance
-
-
-def add_by_condition(total, X, conditions):
-    """Add each row of X (cells, genes), CSR, to the row of total (P, G) that `conditions` (cells,) names."""
-    cells = np.arange(len(conditions))
-    is_of = sparse.csr_matrix((np.ones(len(cells)), (conditions, cells)), shape=(len(total), len(cells)))
-    sums = (is_of @ X).tocoo()
-    total[sums.row, sums.col] += sums.data
 
 
 def rank_de(mean, variance, n_cells, ctrl, n_measured):
@@ -567,7 +560,7 @@ def unpack(path, unpacked, sha256=None):
         with open_packed(path) as source, open(unpacked, "wb") as file:
             print(f"unpacking {path}")
             shutil.copyfileobj(source, file, 2**22)
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
         sys.exit(f"error: {path}: damaged ({error}); get it again from its source")
     if sha256 and shared.checksum(unpacked) != sha256:
         sys.exit(f"error: {path}: the cells in it are not those expected (SHA-256); delete it and run again")
@@ -597,7 +590,7 @@ def kind_of(path):
         head = file.read(4096)
     if not head:
         return "an empty file"
-    if path.name.endswith((".tar.gz", ".tgz")) or tarfile.is_tarfile(path):
+    if tarfile.is_tarfile(path):  # also a gzipped one
         return "a tar archive"
     if shared.is_html(head):
         return "a web page"
@@ -744,8 +737,9 @@ def read_dense_blocks(X, path, n_cells, n_genes):
 
 
 def scan_expression(blocks, is_wanted, n_genes, args, source, layers):
-    """Look through an expression matrix. Returns each cell's total (cells,); each gene's number of values
-    other than 0 in the wanted cells (G,); whether the values are counts, which --normalize makes logarithms.
+    """Check an expression matrix. Returns a function that yields its log_blocks; which cells are kept
+    (cells,): wanted ones with any expression; each gene's number of nonzero values in them (G,); whether it
+    holds counts, which --normalize turns into logarithms.
 
     blocks() yields the matrix as read_blocks does; is_wanted (cells,) bool; layers: what the file has
     besides, for the message. Ends the run for values that are neither logarithms nor counts.
@@ -759,7 +753,7 @@ def scan_expression(blocks, is_wanted, n_genes, args, source, layers):
         largest = max(largest, X.data.max(initial=0))
         is_counts = is_counts and (X.data == np.round(X.data)).all()
         totals[cells] += cell_totals(X)
-        n_values[genes] += choose_cells(X, is_wanted[cells]).getnnz(axis=0)
+        n_values[genes] += X[is_wanted[cells]].getnnz(axis=0)
     if largest == smallest == 0:
         sys.exit(f"error: {source}: nothing but zeros in the expression matrix{layers}")
     if args.normalize and not is_counts and largest > LARGEST_LOG and smallest >= 0:
@@ -780,20 +774,17 @@ def scan_expression(blocks, is_wanted, n_genes, args, source, layers):
     if not is_counts and (largest > USUAL_LOG or has_same_sums):
         sign = "all cells have the same sum" if has_same_sums else f"values up to {largest:.1f}"
         print(f"warning: {source}: {sign}; normalized, but not log-transformed?", file=sys.stderr)
-    return totals, n_values, is_counts
-
-
-def choose_cells(X, is_wanted):
-    """The wanted cells, (cells,) bool, of a matrix (cells, genes)."""
-    return X if is_wanted.all() else X[is_wanted]
+    kept = is_wanted & (totals > 0)
+    scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
+    return functools.partial(log_blocks, blocks, kept, scale), kept, n_values, is_counts
 
 
 def log_blocks(blocks, kept, scale):
-    """The kept cells (cells,) of blocks(), which yields a matrix as read_blocks does, log-normalized: yields
-    (genes, matrix). scale (cells,) normalizes counts; None leaves values as they are."""
+    """Yield (genes, matrix) for each block of blocks() (see read_blocks): the kept cells (cells,),
+    log-normalized. scale (cells,) normalizes counts; None leaves values as they are."""
     for cells, genes, X in blocks():
         X = normalize(X, scale[cells]) if scale is not None else X
-        yield genes, choose_cells(X, kept[cells])
+        yield genes, X[kept[cells]]
 
 
 def choose_variable(logs, is_target, n_cells, n_wanted):
@@ -813,8 +804,8 @@ def choose_variable(logs, is_target, n_cells, n_wanted):
 
 
 def csr_blocks(logs, chosen):
-    """The chosen genes (G,) bool of log_blocks' `logs`, as CSR matrices of some cells each. What lies by
-    genes (CSC) has to be in memory as a whole, and comes as one."""
+    """The chosen genes (G,) bool of log_blocks' `logs`, as CSR matrices of some cells each. CSC,
+    stored by gene, is collected in memory and comes as one."""
     by_genes = []
     for genes, X in logs:
         X = X if chosen.all() else X[:, chosen[genes]]
@@ -828,25 +819,23 @@ def csr_blocks(logs, chosen):
         yield whole.tocsr()
 
 
-def read_rankings(file, path, conditions, label_of_cell, gene_ids):
+def read_rankings(file, path, conditions, cell_condition, gene_ids):
     """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of
     gene_ids (P, 20), -1 for control; None unless it ranks the genes of every condition.
-
-    label_of_cell (cells,): each cell's condition
     """
     rankings = file.get("uns/rank_genes_groups_cov_all")
     if rankings is None or "condition_name" not in file["obs"]:
         return None
     names, codes = read_column(file["obs"], "condition_name", path)
-    name_of = dict(zip(label_of_cell, names[codes]))
+    name_of = dict(zip(cell_condition, names[codes]))  # its row: the name of its ranking
     row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
     order = np.full((len(conditions), N_TOP), -1)
     for i, condition in enumerate(conditions):
         if condition == CONTROL:
             continue
-        if name_of.get(condition) not in rankings:
+        if name_of[i] not in rankings:
             return None
-        ranking = read_text(rankings[name_of[condition]])
+        ranking = read_text(rankings[name_of[i]])
         ranked = [row_of[gene_id] for gene_id in ranking if gene_id in row_of][:N_TOP]
         if len(ranked) < min(N_TOP, len(gene_ids)):
             return None
@@ -855,14 +844,13 @@ def read_rankings(file, path, conditions, label_of_cell, gene_ids):
 
 
 def find_expression(file, args, source):
-    """The matrix that the options layer, gene_key and upper_case name in an AnnData file, the table of its
-    genes, and their symbols and ids (G,)."""
+    """The table of genes that the options choose in an AnnData file, and their symbols and ids (G,)."""
     check_is_anndata(file, source)
-    matrix, var = find_matrix(file, args.layer, source)
+    _, var = find_matrix(file, args.layer, source)
     genes, gene_ids = read_genes(var, args.gene_key, source)
     if args.upper_case:
         genes = np.array([gene.upper() for gene in genes], dtype=object)
-    return matrix, var, genes, gene_ids
+    return var, genes, gene_ids
 
 
 def expression_blocks(path, args, source, n_cells, n_genes):
@@ -878,48 +866,43 @@ def open_h5ad(path, args, source, vocab_path=None):
     n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and the
     file's rankings (P, 20) or None.
 
-    source: how to call the file in messages; vocab_path: where scGPT's vocabulary goes if it is not there
+    source: what messages call the file; vocab_path: where scGPT's vocabulary goes if it is not there
     """
     with shared.read_h5(path) as file:
-        _, var, genes, gene_ids = find_expression(file, args, source)
+        var, genes, gene_ids = find_expression(file, args, source)
         n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
         if n_ids > len(genes) / 2 and vocab_path:
             sys.exit(f"error: {source}: the genes are Ensembl ids ({genes[0]}), the vocabulary has symbols; "
                      f"choose their column with --gene-key ({columns_of(var)})")
         labels, label_of_cell = read_column(file["obs"], args.condition_key, source)
-        conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
         layers = other_layers(file)
+    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
     if vocab_path:  # not before labels and genes have been found to be in order
         shared.download(shared.VOCAB, vocab_path)
 
     # Cells
     raw = functools.partial(expression_blocks, path, args, source, len(label_of_cell), len(genes))
     is_wanted = cell_condition >= 0
-    totals, n_values, is_counts = scan_expression(raw, is_wanted, len(genes), args, source, layers)
-    is_empty = (totals == 0) & is_wanted
-    if is_empty.any():
-        print(f"{is_empty.sum():,} cells without any expression: left out")
-        cell_condition[is_empty] = -1
-    kept = cell_condition >= 0
+    logs, kept, n_values, is_counts = scan_expression(raw, is_wanted, len(genes), args, source, layers)
+    n_empty = (is_wanted & ~kept).sum()
+    if n_empty:
+        print(f"{n_empty:,} cells without any expression: left out")
     n_cells = np.bincount(cell_condition[kept], minlength=len(conditions))
     if not n_cells.all():
         sys.exit(f"error: {source}: no cell with any expression in {shown(conditions[n_cells == 0])}; "
                  "leave those out with --drop")
 
     # Genes
-    scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
     chosen = np.ones(len(genes), dtype=bool)
     if args.n_genes:
-        targets = {gene for of_condition in targets_of.values() for gene in of_condition}
-        is_target = np.isin(genes.astype(str), list(targets))
-        chosen = choose_variable(log_blocks(raw, kept, scale), is_target, kept.sum(), args.n_genes)
+        is_target = np.isin(genes.astype(str), list(set().union(*targets_of.values())))
+        chosen = choose_variable(logs(), is_target, kept.sum(), args.n_genes)
     rankings = None
     if not is_counts and kept.all() and args.layer is None:
         with shared.read_h5(path) as file:
-            condition_of_cell = conditions[cell_condition]
-            rankings = read_rankings(file, source, conditions, condition_of_cell, gene_ids[chosen])
+            rankings = read_rankings(file, source, conditions, cell_condition, gene_ids[chosen])
     return SimpleNamespace(
-        blocks=lambda: csr_blocks(log_blocks(raw, kept, scale), chosen), n_values=n_values[chosen].sum(),
+        blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
         genes=genes[chosen], conditions=conditions, targets_of=targets_of,
         cell_condition=cell_condition[kept], rankings=rankings)
 
@@ -928,18 +911,13 @@ def read_cells(path, args, source):
     """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
-        _, _, genes, _ = find_expression(file, args, source)
+        _, genes, _ = find_expression(file, args, source)
         n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
         layers = other_layers(file)
     raw = functools.partial(expression_blocks, path, args, source, n_cells, len(genes))
     everyone = np.ones(n_cells, dtype=bool)
-    totals, _, is_counts = scan_expression(raw, everyone, len(genes), args, source, layers)
-    kept = totals > 0
-    if not kept.any():
-        sys.exit(f"error: {source}: no cell with any expression")
-    scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
-    blocks = csr_blocks(log_blocks(raw, kept, scale), np.ones(len(genes), dtype=bool))
-    return sparse.vstack(list(blocks), format="csr"), genes
+    logs, *_ = scan_expression(raw, everyone, len(genes), args, source, layers)
+    return sparse.vstack(list(csr_blocks(logs(), np.ones(len(genes), dtype=bool))), format="csr"), genes
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1035,8 +1013,7 @@ def number_genes(cells, vocab, source):
     None: every gene is a token of its own.
     """
     n_measured = len(cells.genes)
-    all_targets = {gene for targets in cells.targets_of.values() for gene in targets}
-    unmeasured = sorted(all_targets - set(cells.genes))
+    unmeasured = sorted(set().union(*cells.targets_of.values()) - set(cells.genes))
     names = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
     if vocab is None:
         token_ids, n_tokens, pad_id = np.arange(len(names)), len(names) + 1, len(names)
@@ -1150,7 +1127,7 @@ def print_summary(args, cells, genes, split, subgroup, vocab):
     """Print what is in the dataset, and what the user should know of it."""
     n_cells, n_measured = len(cells.cell_condition), genes.measured.sum()
     n_control = (cells.conditions[cells.cell_condition] == CONTROL).sum()
-    targets = sorted({gene for of_condition in cells.targets_of.values() for gene in of_condition})
+    targets = sorted(set().union(*cells.targets_of.values()))
     print(f"{n_cells:,} cells ({n_control:,} control), {n_measured:,} genes, {len(cells.conditions) - 1:,} "
           f"perturbations of {len(targets):,} targets")
     print(f"{len(targets) - len(genes.unmeasured):,} of {len(targets):,} targets are measured")
@@ -1161,8 +1138,8 @@ def print_summary(args, cells, genes, split, subgroup, vocab):
         print(f"{n_known:,} of {n_measured:,} genes are in the vocabulary")
         unknown = [target for target in targets if target not in vocab]
         if unknown:
-            print(f"{len(unknown):,} targets are not; without a text, the model cannot tell them apart: "
-                  f"{shown(unknown)}")
+            print(f"{len(unknown):,} targets are not in it; without a text, the model cannot tell them "
+                  f"apart: {shown(unknown)}")
     print_text_coverage(args, genes.names, targets)
     for part in ("train", "val", "test"):
         groups = [subgroup.get(condition, "") for condition in split if split[condition] == part]
@@ -1213,7 +1190,7 @@ def parse_arguments():
     add("--drop", nargs="*", metavar="LABEL",
         help="labels of cells to leave out, also as patterns, besides those that mean that the perturbation "
              "is not known (unassigned, doublet, nan, over ten guides, ...); without a value, keep these")
-    add("--separator", default="+", metavar="TEXT", help="what stands between targets (default: +)")
+    add("--separator", default="+", metavar="TEXT", help="what separates targets (default: +)")
     add("--target-regex", metavar="REGEX",
         help="finds the targets in a label, or in each of its parts: its groups are the targets, as in "
              "'(.+)_g[0-9]+' for KLF1_g2")
@@ -1246,7 +1223,7 @@ def expression_options(parser):
 
 
 def check_arguments(args):
-    """End the run for options that cannot be."""
+    """End the run for impossible options."""
     if shared.space_of(args.dataset) == "demo":
         args.vocab = "none"
         if args.h5ad:
@@ -1262,7 +1239,7 @@ def check_arguments(args):
     if args.n_genes is not None and args.n_genes < 1:
         sys.exit(f"error: --n-genes {args.n_genes}: at least 1")
     if not args.separator:
-        sys.exit("error: --separator '': expected what stands between targets, as + or _")
+        sys.exit("error: --separator '': expected what separates targets, as + or _")
     try:
         has_group = re.compile(args.target_regex or "()").groups > 0
     except re.error:
@@ -1311,9 +1288,9 @@ def main():
     if not source and args.dataset in DATASETS:
         url, n_bytes, sha256 = DATASETS[args.dataset]
         source = shared.download(url, folder / f"{args.dataset}.zip", size=n_bytes)
-    vocab_path = Path(args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json")
-    if args.vocab == "none":
-        vocab_path = None
+    vocab_path = None
+    if args.vocab != "none":
+        vocab_path = Path(args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json")
     has_inputs = vocab_path is None or vocab_path.exists()
     if has_inputs and shared.is_current(path, dataset_made_from(args, source, vocab_path), args.force):
         print(f"next: {next_command(args)}")
@@ -1323,7 +1300,8 @@ def main():
         cells = open_h5ad(h5ad, args, source, vocab_path) if source else read_demo(args)
         vocab = read_vocab(vocab_path) if vocab_path else None
         genes = number_genes(cells, vocab, source)
-        split, subgroup = make_split(cells.targets_of, args, make_rules(args, cells.genes), source)
+        rules = make_rules(args, cells.genes)
+        split, subgroup = make_split(cells.targets_of, args, rules, source or "the demo")
 
         vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
         attributes = {"dataset": args.dataset, "synthetic": source is None, "vocab": vocab_name,

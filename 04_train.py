@@ -16,8 +16,9 @@ which the paper kept), linear (no norm before the encoder), normalized (linear, 
 length 1), batchnorm (in place of the layer norm), dropout0 (layernorm without any dropout), projection
 (starts from the least-squares projection of language vectors to pretrained token vectors), weights (a learned
 factor for each part), two-encoders (language goes through a transformer of its own). target-by-text is this
-kit's own: as layernorm, but a perturbed gene that has a text enters without its token. Else the model learns
-each training target by its token, which tells nothing of other targets; so it has to learn from the text.
+kit's own: as layernorm, but a perturbed gene that has a text enters without its token. Otherwise the model
+learns each training target by its token, which says nothing about other targets; without it, the model has
+to use the text.
 
 A run's folder holds model.pt (the epoch with the lowest validation error), state.pt (the last epoch, from
 which the same command goes on), log.csv and config.json. A finished run is left as it is; with more --epochs
@@ -42,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: else a busy machine slows small steps
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; else small steps crawl on a busy machine
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPU cannot do runs on the CPU
 
 import numpy as np
@@ -221,33 +222,27 @@ def build_model(plan, data, seed):
     """The model of a plan (see plan_run) with the weights that training starts from."""
     variant, settings = plan.variant, plan.settings
     torch.manual_seed(seed)
-    token_ids, tables, has_text = np.zeros(0), {}, None
-    if plan.vectors:
-        token_ids, tables, has_text = language_tables(data, plan.vectors, seed, variant.shuffled)
+    token_ids, tables, has_text = language_tables(data, plan.vectors, seed, variant.shuffled)
     net = model.ScGenePT(model.Config(
         n_tokens=data.n_tokens, pad_id=data.pad_id, **plan.sizes,
         dropout=settings["dropout"], attention_dropout=settings["attention_dropout"],
         has_tokens=variant.has_tokens, has_counts=variant.has_counts,
         languages={source: table.shape[1] for source, table in tables.items()},
-        n_language_rows=len(token_ids), residual=settings["residual"], **ALIGN[settings["align"]]))
+        n_language_rows=len(token_ids) if tables else 0, residual=settings["residual"],
+        **ALIGN[settings["align"]]))
     if tables:
         net.set_language(token_ids, tables, token_ids[has_text])
     if plan.pretrained and variant.pretrained:
-        take_pretrained(net, plan.pretrained)
+        try:
+            taken, left = model.load_pretrained(net, plan.pretrained)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        parts, unused = (", ".join(sorted({key.split(".")[0] for key in keys})) for keys in (taken, left))
+        print(f"  pretrained: {len(taken)} tensors of {parts} from {plan.pretrained}; not used: "
+              f"{unused or 'nothing'}")
         if settings["align"] == "projection":
             fit_projection(net, token_ids, tables)
     return net
-
-
-def take_pretrained(net, path):
-    """Copy the weights of scGPT's best_model.pt into the parts that fine-tuning takes from it."""
-    try:
-        taken, left = model.load_pretrained(net, path)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    parts, unused = ({key.split(".")[0] for key in keys} for keys in (taken, left))
-    print(f"  pretrained: {len(taken)} tensors of {', '.join(sorted(parts))} from {path}; not used: "
-          + (", ".join(sorted(unused)) or "nothing"))
 
 
 @torch.no_grad()
@@ -265,7 +260,7 @@ def fit_projection(net, token_ids, tables):
 
 def find_pretrained(args, data, dataset_path):
     """scGPT's best_model.pt (None when training from scratch) and the sizes of the model."""
-    if args.no_pretrained or args.dataset == "demo":
+    if args.kind != "pretrained":
         return None, {name: getattr(args, name) for name in SIZES}
     if data.vocab == "own genes":
         sys.exit(f"error: {dataset_path} has a vocabulary of its own, which fits no pretrained model: "
@@ -302,7 +297,7 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL and pinned memory would else use the first GPU, too
+            torch.cuda.set_device(device)  # NCCL and pinned memory would use the first GPU otherwise
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
     return device
@@ -333,7 +328,8 @@ def set_up_machine(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         machine.rank, machine.n_processes = dist.get_rank(), dist.get_world_size()
     if args.batch_size % machine.n_processes:
-        sys.exit(f"error: --batch-size {args.batch_size} is no multiple of {machine.n_processes} processes")
+        sys.exit(f"error: --batch-size {args.batch_size} is not a multiple of the {machine.n_processes} "
+                 "processes")
     if machine.rank:
         sys.stdout = open(os.devnull, "w")
     return machine
@@ -404,7 +400,7 @@ def split_cells(data):
         if len(conditions) > 1:
             is_train &= ~is_val
         else:
-            share = "the only condition, which trains, too"
+            share = "the only condition, which is also trained on"
         print(f"  the split has no validation conditions; the best epoch is that for {names} ({share})")
     return np.flatnonzero(is_train), np.flatnonzero(is_val)
 
@@ -501,7 +497,7 @@ def train(run, net, data, settings, seed, machine):
 
 
 def has_stopped(state):
-    """Whether the validation error has not fallen for so many epochs that training ends."""
+    """Whether the validation error has not improved for PATIENCE epochs."""
     return len(state.log) - state.best_epoch >= PATIENCE
 
 
@@ -528,12 +524,12 @@ def train_epoch(net, state, job, epoch):
     cells_in_order = rng.permutation(job.train_cells)[:job.n_steps * settings["batch_size"]]
     steps = batches(job.data, cells_in_order, settings["batch_size"], settings["genes_per_batch"], rng,
                     settings["targets_in_batch"])
-    progress = tqdm(read_ahead(steps, job), f"  epoch {epoch}", job.n_steps, unit_scale=settings["batch_size"], unit=" cells",
-                    leave=False, disable=True if machine.rank else None)
-    total, n_taken = torch.zeros((), device=machine.device), torch.zeros((), device=machine.device)
+    progress = tqdm(read_ahead(steps, job), f"  epoch {epoch}", job.n_steps, leave=False, unit=" cells",
+                    unit_scale=settings["batch_size"], disable=True if machine.rank else None)
+    total, n_taken = torch.zeros(2, device=machine.device)
     net.train()
     for step, batch in enumerate(progress, 1):
-        # Dropout does not depend on how the run came here
+        # Seeded at each step, so that dropout is the same after a resume
         torch.manual_seed(int(random_stream("dropout", job.seed, epoch, step, machine.rank).integers(2**63)))
         loss = add_gradients(net, state, job, batch)
         state.scaler.unscale_(state.optimizer)
@@ -542,13 +538,13 @@ def train_epoch(net, state, job, epoch):
         state.scaler.update()
         state.optimizer.zero_grad()
 
-        if state.scaler.is_enabled():  # float16: a step that overflowed was left out
+        if state.scaler.is_enabled():  # float16: a step that overflowed was skipped
             is_taken = norm.isfinite()
             loss, n_taken = torch.where(is_taken, loss, 0), n_taken + is_taken
         else:
             n_taken += 1
         total += loss
-        if machine.device.type == "cpu" or step % 50 == 0 or step == job.n_steps:  # reading makes a GPU wait
+        if machine.device.type == "cpu" or step % 50 == 0 or step == job.n_steps:  # item() makes a GPU wait
             mse = (total / n_taken.clamp(min=1)).item()
             if not math.isfinite(mse):
                 sys.exit(f"error: the training error is {mse} in epoch {epoch}, batch {step}; "
@@ -593,10 +589,8 @@ def add_parts(net, state, job, batch):
 
 def parts_of(batch, job):
     """The cells of a batch (see read_batch), as slices that fit into the memory with their gradients."""
-    n_cells = len(batch.flags)
-    n_parts = math.ceil(n_cells / job.cells_at_once)
-    bounds = [n_cells * part // max(n_parts, 1) for part in range(n_parts + 1)]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
+    starts = range(0, len(batch.flags), job.cells_at_once)
+    return [slice(start, start + job.cells_at_once) for start in starts]
 
 
 @torch.no_grad()
@@ -659,7 +653,7 @@ def new_state(net, settings, machine):
 
 
 def resume(state, run, machine):
-    """Take up what save_state wrote."""
+    """Load what save_state wrote."""
     try:
         saved = torch.load(run / "state.pt", map_location="cpu", weights_only=True)
         for group in saved["optimizer"]["param_groups"]:
@@ -709,14 +703,15 @@ def train_run(run, config, plan, data, args, machine):
 
     --force trains in a folder beside it, which takes its place at the end.
     """
-    if not run.exists() and beside(run, "old").exists():  # killed while one folder took the other's place
-        beside(run, "old").rename(run)
+    if machine.rank == 0 and not run.exists() and beside(run, "old").exists():
+        beside(run, "old").rename(run)  # killed while one folder took the other's place
+    wait_for_all(machine)
     folder = beside(run, "new") if args.force else run
     old = earlier_config(folder, config, args.force)
-    if old and old["finished"] and not args.force:
-        if old["stopped_early"] or old["epochs"] >= config["epochs"]:
-            print(f"  finished already, {old['epochs']} epochs (--force trains anew)")
-            return
+    is_finished = old and old["finished"] and (old["stopped_early"] or old["epochs"] >= config["epochs"])
+    if is_finished and not args.force:
+        print(f"  finished already, {old['epochs']} epochs (--force trains anew)")
+        return
 
     net = build_model(plan, data, config["seed"])
     config["n_parameters"] = sum(p.numel() for p in net.parameters())
@@ -725,7 +720,7 @@ def train_run(run, config, plan, data, args, machine):
     print(f"  {config['n_parameters']:,} parameters, {n_genes:,} genes a batch, {config['cells_at_once']} of "
           f"its {config['batch_size']} cells at once")
     if args.compile:
-        torch.compiler.reset()  # else the fourth kind of model in one command would not be compiled
+        torch.compiler.reset()  # otherwise the fourth kind of model in one command is not compiled
         net.compile()
 
     wait_for_all(machine)  # all processes have looked into the folder
@@ -734,7 +729,7 @@ def train_run(run, config, plan, data, args, machine):
             shutil.rmtree(folder, ignore_errors=True)
         for leftover in folder.glob("*.tmp"):  # of a run that was killed
             leftover.unlink()
-        write_config(folder, config, finished=False)
+        shared.write_text(folder / "config.json", json.dumps(config | {"finished": False}, indent=1))
     wait_for_all(machine)
 
     settings = plan.settings | {"cells_at_once": config["cells_at_once"]}
@@ -742,8 +737,8 @@ def train_run(run, config, plan, data, args, machine):
     print(f"  best epoch {state.best_epoch}, validation MSE {state.best_val:.5f}")
     if machine.rank == 0:
         config |= {"epochs": max(config["epochs"], len(state.log)), "stopped_early": has_stopped(state),
-                   "best_epoch": state.best_epoch, "best_val_mse": state.best_val}
-        write_config(folder, config, finished=True)
+                   "best_epoch": state.best_epoch, "best_val_mse": state.best_val, "finished": True}
+        shared.write_text(folder / "config.json", json.dumps(config, indent=1))
         if args.force:
             replace_folder(run, folder)
 
@@ -762,13 +757,9 @@ def earlier_config(folder, config, force):
         return old
     is_begun = old["finished"] or (folder / "state.pt").exists()
     if is_begun and not force:  # with --force it is what an earlier --force left behind
-        sys.exit(f"error: {folder} was trained otherwise ({words}); keep both with --name, or --force")
+        sys.exit(f"error: {folder} was trained otherwise ({words}); keep both with --name, or replace it with "
+                 "--force")
     return None
-
-
-def write_config(folder, config, finished):
-    """Write a run's config.json."""
-    shared.write_text(folder / "config.json", json.dumps(config | {"finished": finished}, indent=1))
 
 
 def beside(run, ending):
@@ -785,22 +776,15 @@ def replace_folder(run, new):
     shutil.rmtree(beside(run, "old"), ignore_errors=True)
 
 
-@contextlib.contextmanager
 def only_trainer(run, machine):
-    """Let one training at a time into the folder `run`. The first process holds the lock for all."""
+    """Lock the folder `run` until the `with` block ends. The first process holds the lock for all."""
     if machine.rank:
-        yield
-        return
+        return contextlib.nullcontext()
     run.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.with_name(f".{run.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        return FileLock(run.with_name(f".{run.name}.lock")).acquire(timeout=0)
     except Timeout:
         sys.exit(f"error: {run}: another process trains there")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def find_runs(root, dataset, wanted=None):
@@ -844,7 +828,7 @@ def parse_arguments():
     def add(name, **options):
         key = name.strip("-").replace("-", "_")
         if key in DEFAULTS["from scratch"]:
-            values = [f"{kind} {of_kind[key]:g}" for kind, of_kind in DEFAULTS.items() if key in of_kind]
+            values = [f"{kind} {of_kind[key]}" for kind, of_kind in DEFAULTS.items() if key in of_kind]
             options["help"] += f" (default: {', '.join(values)})"
         parser.add_argument(name, **options)
 
@@ -852,10 +836,11 @@ def parse_arguments():
         help=f"NAME or NAME,align=WAY (default: {' '.join(VARIANTS)}; demo: also {DEMO_VARIANTS[-1]})")
     add("--seed", nargs="+", type=shared.seed, default=[42], metavar="N",
         help="(default: 42; the paper's: 42 23 89 30 12)")
-    add("--name", metavar="NAME", help="keeps runs with other settings apart: part of the folder's name")
+    add("--name", metavar="NAME", help="added to the name of the run's folder, to keep other settings apart")
     add("--embedder", metavar="NAME",
         help="which vectors, where a source has several (default: the only ones, else published)")
-    add("--mode", choices=("concat", "avg"), help="likewise (default: the only ones, else concat)")
+    add("--mode", choices=("concat", "avg"),
+        help="how texts were embedded, where a source has both (default: the only ones, else concat)")
     add("--epochs", type=int, metavar="N", help="at most")
     add("--batch-size", type=int, metavar="N", help="cells a batch")
     add("--cells-at-once", type=int, metavar="N", help="a batch goes through the model in parts of so many "
@@ -886,13 +871,13 @@ def parse_arguments():
 
 
 def check_arguments(args):
-    """Fill in the defaults of the dataset. Ends the run for values that cannot be."""
+    """Fill in the defaults of the dataset. Ends the run for impossible values."""
     is_demo = shared.space_of(args.dataset) == "demo"
     kind = "demo" if is_demo else "from scratch" if args.no_pretrained else "pretrained"
     for name in SIZES if kind == "pretrained" else ():
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
-            sys.exit(f"error: --{option}: the pretrained model has its size; or add --no-pretrained")
+            sys.exit(f"error: --{option}: the pretrained model sets it; to choose it, add --no-pretrained")
     args.kind = kind
     for name, value in DEFAULTS[kind].items():
         if getattr(args, name) is None and name != "residual":  # see plan_run
@@ -943,13 +928,13 @@ def plan_run(name, embeddings, pretrained, sizes, args, machine):
         sys.exit(f"error: {variant.name}: --align projection needs pretrained token vectors")
 
     if settings["align"] != "layernorm":
-        labels = [*labels, f"align={align}"]
+        labels += [f"align={align}"]
     if settings["residual"] != default_residual:
-        labels = [*labels, "residual" if args.residual else "no-residual"]
+        labels += ["residual" if args.residual else "no-residual"]
     if args.targets_in_batch:
-        labels = [*labels, "targets-in-batch"]
+        labels += ["targets-in-batch"]
     if args.name:
-        labels = [*labels, f"name={args.name}"]
+        labels += [f"name={args.name}"]
     return SimpleNamespace(variant=variant, name=",".join([variant.name, *labels]), vectors=vectors,
                            settings=settings, pretrained=pretrained, sizes=sizes)
 
@@ -958,13 +943,12 @@ def make_config(plan, seed, inputs, machine):
     """What config.json says of a run, before it is trained. inputs: {name: fingerprint} of dataset and
     weights."""
     device, precision = describe_device(machine.device)
-    vectors_made = {source: shared.fingerprint(path) for source, path in plan.vectors.items()}
     about = shared.provenance("")
     return {
         "variant": plan.name, "seed": seed, "sources": plan.variant.sources, **plan.settings, **plan.sizes,
         "pretrained": plan.pretrained is not None,
         "embeddings": {source: path.name for source, path in plan.vectors.items()},
-        "inputs": inputs | vectors_made,
+        "inputs": inputs | {source: shared.fingerprint(path) for source, path in plan.vectors.items()},
         "device": device, "precision": precision, "n_processes": machine.n_processes,
         "format_version": about["format_version"], "command": about["command"], "date": about["date"],
         "versions": json.loads(about["versions"])}
@@ -988,9 +972,8 @@ def main():
     for plan in plans:
         for seed in args.seed:
             run = args.root / "runs" / args.dataset / plan.name / f"seed{seed}"
-            settings = plan.settings
-            print(f"{plan.name}, seed {seed} -> {run}; dropout {settings['dropout']:g}, of attention "
-                  f"{settings['attention_dropout']:g}")
+            print("{}, seed {} -> {}; dropout {dropout:g}, of attention {attention_dropout:g}".format(
+                plan.name, seed, run, **plan.settings))
             with only_trainer(run, machine):
                 train_run(run, make_config(plan, seed, inputs, machine), plan, data, args, machine)
     print(f"next: {shared.command('05_eval.py', args)}")
