@@ -5,7 +5,7 @@
     python 01_fetch_annotations.py --dataset norman --source go_c --go-release current
     python 01_fetch_annotations.py --dataset norman --source ncbi --fresh        from NCBI itself, as of today
     python 01_fetch_annotations.py --dataset mine --tsv notes=notes.tsv          your own texts: the header
-                                                                                 gene<TAB>text, a line a gene
+                                                                         gene<TAB>text, one line per gene
 
 Each source is a group of the file: `genes` (N) and `text` (N); the GO sources also have `terms` (M) and
 `term_offsets` (N + 1), each gene's terms one by one. Sources that the file has already stay. Downloads for
@@ -19,7 +19,6 @@ import datetime
 import functools
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 SOURCES = ("ncbi", "ncbi+uniprot", "go_f", "go_c", "go_p", "go_all")
 GO_PREFIX = {"go_f": "Molecular Function", "go_c": "Cellular Component", "go_p": "Biological Process"}
+GO_PARTS = {**{part: [part] for part in GO_PREFIX}, "go_all": list(GO_PREFIX)}
 GO_ASPECT = {"F": "go_f", "C": "go_c", "P": "go_p"}
 PAPER_GO_RELEASE = "2024-01-17"
 
@@ -95,7 +95,7 @@ def demo_texts(source):
     functions = [[DEMO_PROCESSES[name][0] for name in of_gene] for of_gene in processes]
     components = [[DEMO_PROCESSES[name][1] for name in of_gene] for of_gene in processes]
 
-    if source not in ("ncbi", "ncbi+uniprot"):
+    if source in GO_PARTS:
         terms = [dict(zip(GO_PREFIX, of_gene)) for of_gene in zip(functions, components, processes)]
         return genes, *go_texts(source, terms)
 
@@ -107,17 +107,12 @@ def demo_texts(source):
     return genes, texts, None
 
 
-def go_parts(source):
-    """The GO categories of a source: itself, or all three."""
-    return list(GO_PREFIX) if source == "go_all" else [source]
-
-
 def go_texts(source, terms):
     """Texts and terms of a GO source, from {category: [term, ...]} of each gene.
 
     A text reads `Molecular Function: term, term; Cellular Component: term; Biological Process: term`.
     """
-    parts = go_parts(source)
+    parts = GO_PARTS[source]
     texts = ["; ".join(f"{GO_PREFIX[part]}: {', '.join(of_gene[part])}" for part in parts if of_gene[part])
              for of_gene in terms]
     return texts, [[term for part in parts for term in of_gene[part]] for of_gene in terms]
@@ -172,7 +167,7 @@ def read_tsv(path):
         if not gene or len(rest) > 1:
             sys.exit(f"error: {path}, line {number}: expected a gene, a tab and a text")
         if gene in texts:
-            sys.exit(f"error: {path}, line {number}: gene {gene!r} stands here a second time")
+            sys.exit(f"error: {path}, line {number}: gene {gene!r} is listed a second time")
         if text:
             texts[gene] = text
         else:
@@ -242,13 +237,13 @@ def read_annotations(gaf, obo):
     if not any(found.values()):
         sys.exit(f"error: {gaf}: no annotation of a human gene with a term of {obo}")
     if n_unknown:
-        print(f"{gaf}: {n_unknown:,} annotations left out, since {obo} does not have their terms")
+        print(f"{gaf}: {n_unknown:,} annotations left out: their terms are not in {obo}")
     return found
 
 
 def read_go(source, gaf, obo):
     """Genes, texts and terms of a GO source."""
-    found = {part: read_annotations(gaf, obo)[part] for part in go_parts(source)}
+    found = {part: read_annotations(gaf, obo)[part] for part in GO_PARTS[source]}
     genes = list(dict.fromkeys(gene for part in found.values() for gene in part))
     terms = [{part: list(found[part].get(gene, {}).values()) for part in found} for gene in genes]
     return genes, *go_texts(source, terms)
@@ -260,11 +255,11 @@ def read_go(source, gaf, obo):
 def ask_ncbi(tool, take, **params):
     """What `take` finds in the JSON answer of one of NCBI's E-utilities.
 
-    Overloaded services answer in another form; one is asked again. The parameters travel in the body of the
-    request, and no redirect is followed: no message can quote the key.
+    An overloaded service answers in another form, and is asked again. The API key travels in the body of the
+    request and no redirect is followed, so that no message can quote it.
     """
     key = os.environ.get("NCBI_API_KEY")
-    params |= {"db": "gene", "retmode": "json"} | ({"api_key": key} if key else {})
+    params |= {"db": "gene", "retmode": "json", "api_key": key}  # requests leaves out a key that is None
     pause = 0.11 if key else 0.34  # seconds: ten or three requests a second are allowed
     url = f"{NCBI}/{tool}.fcgi"
     for attempt in range(TRIES):
@@ -351,7 +346,7 @@ def read_fresh(summaries, uniprot=None):
 def human_source(source, release, fresh, raw):
     """The options that decide a human source's texts, its input files {file: address}, and their reader."""
     if source in RELEASED and not fresh:
-        path = raw / RELEASED[source].rsplit("/", 1)[1]
+        path = raw / os.path.basename(RELEASED[source])
         return {"fresh": False}, {path: RELEASED[source]}, lambda: read_released(path)
     if source in RELEASED:
         files = {raw / "ncbi_fresh.jsonl": NCBI}
@@ -368,7 +363,7 @@ def human_source(source, release, fresh, raw):
 # annotations.h5
 
 def source_made_from(path, source, options, files):
-    """`made_from` of a source. A download that has been deleted since counts as what it was."""
+    """`made_from` of a source. For a download deleted since, the recorded fingerprint counts."""
     recorded = json.loads(recorded_made_from(path, source) or '{"inputs": {}}')["inputs"]
     inputs = {file.name: fingerprint(file) if file.exists() else recorded.get(file.name) for file in files}
     return made_from(options, inputs)
@@ -425,9 +420,8 @@ def print_coverage(path, vocab_path):
     by exact symbol: the paper's Table 21."""
     with read_h5(path) as file:
         genes = {source: set(file[source]["genes"].asstr()[:]) for source in in_order(file)}
-    others = dict(genes)
-    if vocab_path.exists():
-        others = {"scGPT vocab": set(read_json(vocab_path, int)), **others}
+    vocab = {"scGPT vocab": set(read_json(vocab_path, int))} if vocab_path.exists() else {}
+    others = vocab | genes
     width = max(map(len, genes))
     print(f"{'':{width}}    genes  " + "  ".join(f"{name:>{max(7, len(name))}}" for name in others))
     for source, own in genes.items():
@@ -510,9 +504,10 @@ def main():
              if not is_current(path, source_made_from(path, source, options, files), args.force, source)}
     if stale:
         figure_path.unlink(missing_ok=True)  # drawn again by the next run if this one ends before it
-        write_annotations(path, space, stale, collect(stale, args.force))
-        if any(any(files.values()) for _, files, _ in stale.values()):  # one's own texts need no internet
+        texts = collect(stale, args.force)
+        if any(url for _, files, _ in stale.values() for url in files.values()):  # own texts need no internet
             download(VOCAB, vocab_path)
+        write_annotations(path, space, stale, texts)
     if not figure_path.exists():
         print_coverage(path, vocab_path)
         draw_coverage(path, figure_path, SYNTHETIC if space == "demo" else "Human genes")
@@ -531,7 +526,7 @@ HOSTED = ("norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe
 
 def run(main):
     """Call a stage's `main`. A user's errors end in a line and exit code 1, our mistakes in a traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a log that can be watched, on consoles without Δ and ± too
+    if hasattr(sys.stdout, "reconfigure"):  # a log that can be watched, on consoles without Δ and ± too
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
@@ -542,9 +537,8 @@ def run(main):
         hint = "; choose another folder with --root" if isinstance(error, PermissionError) else ""
         sys.exit(f"error: {place}{error.strerror or error}{hint}")
     except (MemoryError, RuntimeError) as error:
-        is_memory = "memory" in str(error) and "alloc" in str(error)  # how torch says it
-        if not isinstance(error, MemoryError) and not is_memory:
-            raise
+        if isinstance(error, RuntimeError) and not re.search("memory.*alloc|alloc.*memory", str(error), re.S):
+            raise  # torch out of memory raises RuntimeError, too
         sys.exit("error: not enough memory; lower --cells-at-once (04), --batch-size or --genes-per-batch")
 
 
@@ -675,7 +669,7 @@ def checksum(path, algorithm="sha256"):
 
 
 def fingerprint(path, group="/"):
-    """What identifies an input file.
+    """A text that changes when the content of an input file does.
 
     The kit's own HDF5 files (or a group of one): the SHA-256 of what they were made from, the same for a copy
     and when made again. Others: the SHA-256 of their bytes; over 256 MB their size, and the SHA-256 of the
@@ -698,7 +692,7 @@ def recorded_made_from(path, group="/"):
 
 
 def made_from(options, inputs):
-    """What decides an output, as JSON text: options {name: value} and inputs {name: fingerprint}."""
+    """All that an output depends on, as JSON text: options {name: value} and inputs {name: fingerprint}."""
     return json.dumps({"options": options, "inputs": inputs}, sort_keys=True)
 
 
@@ -713,7 +707,7 @@ def provenance(made):
 
 def is_current(path, made, force, group="/"):
     """Whether an HDF5 file (or a group of it) was made from exactly this. Prints that, or what differs."""
-    if force or not Path(path).exists():
+    if force:
         return False
     old = recorded_made_from(path, group)
     label = str(path) if group == "/" else f"{path} {group}"
@@ -739,9 +733,9 @@ def difference(old, new):
 # Shared by all stages: downloads
 
 TIMEOUT = 60   # seconds without a byte after which a connection counts as dead
-TRIES = 6      # in a row without getting any further
+TRIES = 6      # in a row that bring no new bytes
 BACKOFF = 1    # seconds of the first wait between tries; each later one is twice as long
-TRY_AGAIN = (429, 500, 502, 503, 504)  # what a busy or broken server answers
+TRY_AGAIN = (429, 500, 502, 503, 504)  # status codes of a busy or failing server
 
 
 def address(url):
@@ -754,7 +748,7 @@ def mirrored(url):
     return f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}" if mirror else url
 
 
-def request(url, path=None, method="GET", headers=None, **options):
+def request(url, path=None, method="GET", **options):
     """The response to a request, open for streaming. Anything but a good one ends the run in one line.
 
     Failed connections and busy servers are tried again, after waits that double or that the server asks for.
@@ -766,9 +760,8 @@ def request(url, path=None, method="GET", headers=None, **options):
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     session.headers.update({"User-Agent": "scgenept-kit/1", "Accept-Encoding": "identity"})
-    options = {"headers": headers, "stream": True, "timeout": TIMEOUT, **options}
     try:
-        response = session.request(method, mirrored(url), **options)
+        response = session.request(method, mirrored(url), stream=True, timeout=TIMEOUT, **options)
     except requests.RequestException as error:
         sys.exit(f"error: {address(url)}: {cause_of(error)}; the same command goes on from here")
 
@@ -792,7 +785,7 @@ def cause_of(error):
     return re.sub(r"^\S*Connection\w*\(.*?\): ", "", " ".join(str(error).split()))
 
 
-def download(url, path, size=None, sha256=None, md5=None):
+def download(url, path, size=None, md5=None):
     """Download `url` to `path`, unless it is there already, and return the path. Failure ends the run.
 
     The bytes go to `<path>.part`, where a later try or run goes on if the server still has the same file.
@@ -818,7 +811,7 @@ def download(url, path, size=None, sha256=None, md5=None):
             time.sleep(BACKOFF * 2 ** (n_tries - 1))
 
         found = checksum(part)
-        wrong = what_is_wrong(part, found, size, sha256, md5)
+        wrong = what_is_wrong(part, size, md5)
         Path(f"{part}.etag").unlink(missing_ok=True)
         if wrong:
             part.unlink()
@@ -837,7 +830,7 @@ def fetch_rest(url, path, part, size):
     with request(url, path, headers=headers) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
         if n_have and status == 416 and content_range == f"bytes */{n_have}":
-            return True  # nothing comes after these bytes
+            return True  # .part is the whole file already
         if status == 200:  # the whole file
             n_have = 0
             etag.unlink(missing_ok=True)
@@ -870,8 +863,8 @@ def fetch_rest(url, path, part, size):
     return total is None or part.stat().st_size >= total
 
 
-def what_is_wrong(path, found, size, sha256, md5):
-    """Why a finished download is not the file that was wanted, or "". found: its SHA-256."""
+def what_is_wrong(path, size, md5):
+    """Why a finished download is not the file that was wanted, or ""."""
     n_bytes = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(1000)
@@ -881,8 +874,6 @@ def what_is_wrong(path, found, size, sha256, md5):
         return "a web page, not the file"
     if size and n_bytes != size:
         return f"{n_bytes:,} bytes, expected {size:,}"
-    if sha256 and found != sha256:
-        return f"SHA-256 {found}, expected {sha256}"
     if md5 and checksum(path, "md5") != md5:
         return f"MD5 {checksum(path, 'md5')}, expected {md5}"
     return ""

@@ -11,7 +11,7 @@
 
 A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection.
 With --dim N, the file's name and stage 04 call the embedder <embedder>-N.
-Modes: `concat` embeds one text a gene, `avg` embeds each GO term alone and takes the mean of a gene's.
+Modes: `concat` embeds one text per gene; `avg` embeds each GO term and averages them per gene.
 Embedders: `published`, the vectors that the authors released; `openai`, a server with OpenAI's embeddings API
 (the key comes from OPENAI_API_KEY; answers are kept in embeddings/.cache, so nothing is paid twice); `lsa`,
 TF-IDF and a truncated SVD of the texts: offline, a plain baseline, each source in a space of its own.
@@ -27,19 +27,16 @@ import os
 import pickle
 import re
 import sys
-import urllib.parse
 import zipfile
 from array import array
 from collections import Counter
-from pathlib import PurePosixPath
 
 import numpy as np
-import scipy.sparse
+import scipy.sparse.linalg
 from tqdm import tqdm
 
 shared = importlib.import_module("01_fetch_annotations")
 
-BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models/gene_embeddings"
 GENEPT = {"url": "https://zenodo.org/api/records/10833191/files/GenePT_emebdding_v2.zip/content",
           "size": 574_395_233, "md5": "3f6ce4317e3a0091978ae5cb8fbf05a3"}
 PUBLISHED = {  # (source, mode): a pickle of the bucket, or a member of GenePT's archive; spelled as released
@@ -63,16 +60,16 @@ WINDOWS = {  # the longest text of other models, in tokens; the name without own
     "all-MiniLM-L6-v2": 256, "all-mpnet-base-v2": 384, "bge-small-en-v1.5": 512, "bge-base-en-v1.5": 512,
     "bge-large-en-v1.5": 512, "mxbai-embed-large": 512, "mxbai-embed-large-v1": 512}
 BYTES_PER_TOKEN = 4  # of English, for estimates
-LEAST_BYTES_PER_TOKEN = 3  # symbols take more tokens than English; limits are kept with this
+MIN_BYTES_PER_TOKEN = 3  # cautious: gene symbols take more tokens than English
 TOO_LARGE = 400, 413, 422  # how servers refuse a request with too many texts, or with too long a text
 HOPELESS = b"too large", b"too long", b"insufficient_quota"  # in a 429 or 500: trying again cannot help
 PRICES = {  # dollars per million tokens
     "text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
 PRICES_NOTED = "May 2026"
 
-LSA_LEAST, LSA_MOST = 10, 256  # dimensions of an lsa vector, unless --dim says otherwise
+LSA_MIN_DIM, LSA_MAX_DIM = 10, 256  # dimensions of an lsa vector, unless --dim says otherwise
 CHANCE_MARGIN = 1.03  # a singular value has to exceed chance by this factor
-MAX_POINTS, LEAST_POINTS = 20_000, 10  # of a figure; of one by UMAP
+MAX_POINTS, UMAP_MIN_POINTS = 20_000, 10  # that a figure draws at most; that UMAP needs
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -97,12 +94,12 @@ def read_texts(path, source, mode, made_by):
 
 
 def cut_texts(texts, gene_of, max_tokens):
-    """Cut long texts, in place. gene_of: {text: gene}, which gets the cut texts, too.
+    """Cut long texts in place, and add the cut ones to gene_of {text: gene}.
 
-    A token is taken as LEAST_BYTES_PER_TOKEN bytes of UTF-8: models split words differently, and the kit has
-    no tokenizer. Most texts that are cut would have had room for a few more words.
+    A token is taken as MIN_BYTES_PER_TOKEN bytes of UTF-8: models split words differently, and the kit has
+    no tokenizer. So most texts are cut a little shorter than necessary.
     """
-    max_bytes = max_tokens * LEAST_BYTES_PER_TOKEN
+    max_bytes = max_tokens * MIN_BYTES_PER_TOKEN
     genes = []
     for i, text in enumerate(texts):
         encoded = text.encode()
@@ -135,44 +132,44 @@ def lsa(texts, counts, dim=None):
     Without dim, choose_rank finds it. A text that shares no word with others gets zeros.
     Weights: (1 + log of the count in the text) * log((1 + N) / number of texts with the word).
     """
-    words = count_words(texts)
-    n_texts_with = (words > 0).T @ counts
+    tf = count_words(texts)
+    n_texts_with = (tf > 0).T @ counts
     is_common = n_texts_with > 1  # a word of a single text says nothing about its likeness to others
-    words = words[:, is_common]
-    if not words.nnz:
+    tf = tf[:, is_common]
+    if not tf.nnz:
         sys.exit("error: lsa: no word stands in two texts; use --embedder openai")
-    rarity = np.log((1 + counts.sum()) / n_texts_with[is_common])
-    words = unit_rows(words @ scipy.sparse.diags(rarity))
+    idf = np.log((1 + counts.sum()) / n_texts_with[is_common])
+    tfidf = unit_rows(tf @ scipy.sparse.diags(idf))
 
     # A text that stands n times counts n times: the SVD takes squares, so its row is scaled by the root of n
-    weighted = scipy.sparse.diags(np.sqrt(counts)) @ words
-    directions, values = leading_directions(weighted, dim or LSA_MOST)
+    weighted = scipy.sparse.diags(np.sqrt(counts)) @ tfidf
+    directions, values = leading_directions(weighted, dim or LSA_MAX_DIM)
     if dim and dim > len(values):
         sys.exit(f"error: --dim {dim}: lsa finds only {len(values)} dimensions in these texts")
     rank = dim or choose_rank(weighted, values)
-    return unit_rows(words @ directions[:, :rank])
+    return unit_rows(tfidf @ directions[:, :rank])
 
 
 def choose_rank(matrix, values):
-    """How many of the leading singular values (k) of a matrix (texts, words) tell more than noise.
+    """How many of the leading singular values (k) of a matrix (texts, words) rise above noise.
 
-    Noise in the vectors would let a model tell every gene from all others, and learn genes instead of what
-    they have in common. Parallel analysis (Horn 1965): each word is dealt out anew among the texts, which
-    keeps how common it is, but not which words go together. A rank counts as long as its singular value is
-    larger than by chance; the first (what all texts share) always does. CHANCE_MARGIN: pairs of words stand
-    together by their nature, and lift even random texts by 2%. LSA_LEAST: where texts are short, processes
-    hide below chance, and a dimension too few loses more than one too many.
+    Dimensions of noise tell every gene apart, so that a model memorizes genes instead of learning what they
+    share. Parallel analysis (Horn 1965): each word is shuffled among the texts, which keeps its frequency but
+    not its neighbours. Dimensions count up to the first that is no stronger than after shuffling; the very
+    first (what all texts share) always counts. CHANCE_MARGIN: pairs of words contain their own words, which
+    lifts even random texts by 2%. LSA_MIN_DIM: in short texts real processes can fall below chance, and one
+    dimension too few costs more than one too many.
     """
     rng = np.random.default_rng(0)
     columns = matrix.tocsc()
     rows = [rng.choice(matrix.shape[0], n, replace=False) for n in np.diff(columns.indptr)]
-    dealt = scipy.sparse.csc_matrix((columns.data, np.concatenate(rows), columns.indptr), matrix.shape)
-    _, by_chance = leading_directions(dealt.tocsr(), len(values))
+    shuffled = scipy.sparse.csc_matrix((columns.data, np.concatenate(rows), columns.indptr), matrix.shape)
+    _, by_chance = leading_directions(shuffled.tocsr(), len(values))
     by_chance = np.pad(by_chance, (0, len(values) - len(by_chance)))
     is_chance = values[1:] <= CHANCE_MARGIN * by_chance[1:]
-    n_told = 1 + int(np.append(is_chance, True).argmax())
-    rank = min(max(n_told, LSA_LEAST), len(values))
-    print(f"lsa: {rank} dimensions ({n_told} of {len(values)} tell more than noise; --dim N takes N)")
+    n_above_chance = 1 + int(np.append(is_chance, True).argmax())
+    rank = min(max(n_above_chance, LSA_MIN_DIM), len(values))
+    print(f"lsa: {rank} dimensions ({n_above_chance} of {len(values)} tell more than noise; --dim N takes N)")
     return rank
 
 
@@ -200,8 +197,8 @@ def words_of(text):
 
 def unit_rows(matrix):
     """A matrix (dense or sparse) with its rows scaled to length 1; zero rows stay."""
-    squares = matrix.multiply(matrix) if scipy.sparse.issparse(matrix) else matrix * matrix
-    norms = np.sqrt(np.asarray(squares.sum(axis=1))).ravel()
+    norm = scipy.sparse.linalg.norm if scipy.sparse.issparse(matrix) else np.linalg.norm
+    norms = norm(matrix, axis=1)
     return scipy.sparse.diags(1 / np.where(norms > 0, norms, 1)) @ matrix
 
 
@@ -277,7 +274,7 @@ def read_pickle(path, member=None):
 def open_member(path, name):
     """A member of a zip archive, by its name without folders (and without the dot after a released name)."""
     with zipfile.ZipFile(path) as archive:
-        members = {PurePosixPath(member).name.rstrip("."): member for member in archive.namelist()}
+        members = {os.path.basename(member).rstrip("."): member for member in archive.namelist()}
         if name not in members:
             sys.exit(f"error: {path}: no {name} in it; it holds {shared.shown(archive.namelist(), 20)}")
         return io.BufferedReader(archive.open(members[name]))  # stays open when the archive is closed
@@ -302,7 +299,7 @@ def stack_vectors(place, table):
 
 
 def fetch_published(source, mode, raw):
-    """The file with the released vectors of a source, downloaded if need be; its address; the member."""
+    """A source's released file, downloaded if need be; its URL; and its member if it is an archive."""
     if (source, mode) not in PUBLISHED:
         there = ", ".join(f"{source} ({mode})" for source, mode in PUBLISHED)
         sys.exit(f"error: no published vectors for --source {source} --mode {mode}; there are {there}; "
@@ -310,8 +307,8 @@ def fetch_published(source, mode, raw):
     name = PUBLISHED[source, mode]
     if source.startswith("genept"):
         return shared.download(path=raw / "GenePT_emebdding_v2.zip", **GENEPT), GENEPT["url"], name
-    url = f"{BUCKET}/{name}"
-    return shared.download(url, raw / urllib.parse.unquote(name)), url, None
+    url = f"{shared.BUCKET}/gene_embeddings/{name}"
+    return shared.download(url, raw / name.replace("%2B", "+")), url, None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -356,7 +353,7 @@ def send(texts, gene_of, args, cache, vector_of):
     one line on anything else that the server refuses.
     """
     import openai  # here, since it takes a second and most runs do without
-    client, url = connect(args), args.base_url
+    client, url = connect(args), args.base_url  # connect ends the run without a usable key
     batch_size, n_done = args.batch_size, 0
     progress = tqdm(total=len(texts), unit=" texts", disable=None)
     while n_done < len(texts):
@@ -377,9 +374,9 @@ def send(texts, gene_of, args, cache, vector_of):
                      f"if the model has changed, delete {cache}")
 
         keys = [key_of(text) for text in batch]
-        with shared.replacing(cache / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npz") as partial:
-            with open(partial, "wb") as file:  # given a name, numpy would add .npz to it
-                np.savez(file, keys=np.array([list(key) for key in keys], np.uint8), vectors=vectors)
+        batch_name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+        with shared.replacing(cache / f"{batch_name}.npz") as partial, open(partial, "wb") as file:
+            np.savez(file, keys=np.array([list(key) for key in keys], np.uint8), vectors=vectors)
         vector_of.update(zip(keys, vectors))
         n_done += len(batch)
         progress.update(len(batch))
@@ -411,7 +408,7 @@ def connect(args):
 def first_batch(texts, batch_size):
     """The first of the texts: at most `batch_size`, within the API's limit on tokens, and at least one."""
     n_bytes = np.cumsum([len(text.encode()) for text in texts[:batch_size]])
-    return texts[:max(1, (n_bytes <= LEAST_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS).sum())]
+    return texts[:max(1, (n_bytes <= MIN_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS).sum())]
 
 
 def ask(client, args, batch):
@@ -434,7 +431,7 @@ def is_too_large(error):
 
 
 def why_refused(error, args, api_key, gene):
-    """What the server did, after its address in a message: one line without the key.
+    """The end of an error message that begins with the server's address: one line, without the key.
 
     error: openai's, for a batch that began with the text of `gene`.
     """
@@ -456,7 +453,7 @@ def why_refused(error, args, api_key, gene):
 
 
 def without_key(words, api_key):
-    """Words on one line, without those that show four characters of the key in a row (servers quote it)."""
+    """The text on one line, with *** for words that show four characters of the key (servers quote it)."""
     pieces = {api_key[i:i + 4] for i in range(len(api_key) - 3)}
     hidden = ["***" if any(piece in word for piece in pieces) else word for word in str(words).split()]
     return " ".join(hidden)[:300]
@@ -475,7 +472,7 @@ def read_column(spec):
     return column, {row["gene"]: row[column] or "" for row in rows}
 
 
-def some_vectors(path, most):
+def sample_vectors(path, most):
     """At most `most` genes (n) of a file, drawn at random, their vectors (n, d), and how many it has."""
     genes, vectors = read_embeddings(path)
     drawn = np.sort(np.random.default_rng(0).permutation(len(genes))[:most])
@@ -484,7 +481,7 @@ def some_vectors(path, most):
 
 def project(vectors):
     """Two coordinates (n, 2) for n vectors, and the axes' names: by UMAP if it can run, else by PCA."""
-    if len(vectors) >= LEAST_POINTS:
+    if len(vectors) >= UMAP_MIN_POINTS:
         with contextlib.suppress(ImportError):
             import umap  # here, since it need not be installed, and takes seconds
             xy = umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
@@ -504,6 +501,11 @@ def as_numbers(labels):
     except ValueError:
         return None
     return numbers if np.isfinite(numbers).any() else None
+
+
+def is_drawn(figure_path, paths):
+    """Whether a figure is newer than the vectors that it shows."""
+    return figure_path.exists() and figure_path.stat().st_mtime >= max(p.stat().st_mtime for p in paths)
 
 
 def draw(path, title, vectors, labels, legend):
@@ -535,7 +537,9 @@ def draw(path, title, vectors, labels, legend):
             figure.legend(title=legend, loc="outside right upper", fontsize=8)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     shared.save_figure(figure, path)
-    way = f"PCA (UMAP needs umap-learn and {LEAST_POINTS} genes)" if "component" in axis_names[0] else "UMAP"
+    way = "UMAP"
+    if "component" in axis_names[0]:
+        way = f"PCA (UMAP needs umap-learn and {UMAP_MIN_POINTS} genes)"
     print(f"{path}: projection by {way}")
 
 
@@ -563,22 +567,21 @@ def model_name(model):
 
 
 def embed_published(args, source, embedder, path):
-    """Write the released vectors of a source to `path`, unless they are there; whether it was written."""
+    """Write the released vectors of a source to `path`, unless they are there."""
     released, url, member = fetch_published(source, args.mode, path.parent.parent / "raw")
     options = {"embedder": embedder, "mode": args.mode}
     made = shared.made_from(options, {released.name: shared.fingerprint(released)})
     if shared.is_current(path, made, args.force):
-        return False
+        return
     genes, vectors = read_pickle(released, member)
     if args.dim:
         vectors = principal_components(vectors, args.dim)
     origin = {"url": url, "sha256": shared.checksum(released)}
     write_embeddings(path, made, genes, vectors, source=source, **options, **origin)
-    return True
 
 
 def embed_texts(args, source, embedder, path):
-    """Embed the texts of a source to `path`, unless it is there (or in a dry run); whether it was written."""
+    """Embed the texts of a source to `path`, unless it is there, or print what it costs (--dry-run)."""
     annotations = path.parent.parent / "annotations.h5"
     words = ("--source", source) if source in shared.SOURCES else ("--tsv", f"{source}=FILE")
     made_by = shared.command("01_fetch_annotations.py", args, *words)
@@ -590,7 +593,7 @@ def embed_texts(args, source, embedder, path):
     options = {"embedder": embedder, "mode": args.mode, "dim": args.dim, **server}
     made = shared.made_from(options, {f"annotations.h5 {source}": shared.fingerprint(annotations, source)})
     if shared.is_current(path, made, args.force):
-        return False
+        return
 
     gene_of = dict(zip(texts, np.repeat(genes, np.diff(offsets))))
     if server:
@@ -601,7 +604,7 @@ def embed_texts(args, source, embedder, path):
         url_hash = hashlib.sha256(args.base_url.encode()).hexdigest()
         vectors = server_vectors(texts, gene_of, args, path.parent / ".cache" / f"{name}.{url_hash[:8]}")
         if args.dry_run:
-            return False
+            return
     else:
         vectors = lsa(texts, np.bincount(average.indices), args.dim)
     vectors = average @ vectors
@@ -609,7 +612,6 @@ def embed_texts(args, source, embedder, path):
         vectors = principal_components(vectors, args.dim)
     about = {"source": source, "embedder": embedder, "mode": args.mode, **server}
     write_embeddings(path, made, genes, vectors, **about)
-    return True
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -648,7 +650,7 @@ def parse_arguments():
     if args.dim is not None and args.dim < 1:
         sys.exit(f"error: --dim {args.dim}: at least 1")
     if args.max_tokens is None:
-        args.max_tokens = WINDOWS.get(PurePosixPath(args.model).name.split(":")[0], MAX_TEXT_TOKENS)
+        args.max_tokens = WINDOWS.get(os.path.basename(args.model).split(":")[0], MAX_TEXT_TOKENS)
     if args.max_tokens < 1:
         sys.exit(f"error: --max-tokens {args.max_tokens}: at least 1")
     if not 1 <= args.batch_size <= MAX_INPUTS:
@@ -684,29 +686,25 @@ def main():
     note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
 
     # The vectors of each source, and a figure of them
-    wrote_any = False
+    embed = embed_published if args.embedder == "published" else embed_texts
     for source, path in zip(sources, paths):
-        if args.embedder == "published":
-            is_new = embed_published(args, source, embedder, path)
-        else:
-            is_new = embed_texts(args, source, embedder, path)
-        wrote_any |= is_new
+        embed(args, source, embedder, path)
         if args.dry_run:
             continue
         figure_path = path.with_suffix(".png")
-        if is_new or args.color or not figure_path.exists():
-            genes, vectors, n_all = some_vectors(path, MAX_POINTS)
+        if args.color or not is_drawn(figure_path, [path]):
+            genes, vectors, n_all = sample_vectors(path, MAX_POINTS)
             n_drawn = f"{len(genes):,}" + (f" of {n_all:,}" if len(genes) < n_all else "")
             labels = [label_of.get(gene, "") for gene in genes]
             title = f"{note}{source}, {embedder}, {args.mode}: {n_drawn} genes"
             draw(figure_path, title, vectors, labels, column)
 
     # All sources in one figure, where they share a space (with lsa each has its own)
-    if wrote_any and len(sources) > 1 and args.embedder != "lsa":
-        drawn = [some_vectors(path, MAX_POINTS // len(sources))[1] for path in paths]
+    figure_path = folder / f"sources.{embedder}.{args.mode}.png"
+    if len(sources) > 1 and args.embedder != "lsa" and not args.dry_run and not is_drawn(figure_path, paths):
+        drawn = [sample_vectors(path, MAX_POINTS // len(sources))[1] for path in paths]
         if len({vectors.shape[1] for vectors in drawn}) == 1:
             labels = [source for source, vectors in zip(sources, drawn) for _ in vectors]
-            figure_path = folder / f"sources.{embedder}.{args.mode}.png"
             draw(figure_path, f"{note}{embedder}, {args.mode}", np.vstack(drawn), labels, "source")
 
     if not args.dry_run:

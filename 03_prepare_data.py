@@ -710,7 +710,8 @@ def read_blocks(X, path, n_cells, n_genes):
     starts = tqdm(bounds[:-1], "reading cells", unit=" blocks", leave=False, disable=None)
     for start, stop in zip(starts, bounds[1:]):
         part = slice(indptr[start], indptr[stop])
-        values = X["data"][part].astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what is too large for float32 is not finite
+            values = X["data"][part].astype(np.float32, copy=False)
         columns = X["indices"][part].astype(np.int32, copy=False)
         shape = (stop - start, n_columns) if by_cells else (n_columns, stop - start)
         try:
@@ -917,7 +918,8 @@ def read_cells(path, args, source):
     raw = functools.partial(expression_blocks, path, args, source, n_cells, len(genes))
     everyone = np.ones(n_cells, dtype=bool)
     logs, *_ = scan_expression(raw, everyone, len(genes), args, source, layers)
-    return sparse.vstack(list(csr_blocks(logs(), np.ones(len(genes), dtype=bool))), format="csr"), genes
+    blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
+    return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1014,23 +1016,19 @@ def number_genes(cells, vocab, source):
     """
     n_measured = len(cells.genes)
     unmeasured = sorted(set().union(*cells.targets_of.values()) - set(cells.genes))
-    names = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
+    symbols = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
     if vocab is None:
-        token_ids, n_tokens, pad_id = np.arange(len(names)), len(names) + 1, len(names)
+        token_ids, n_tokens, pad_id = np.arange(len(symbols)), len(symbols) + 1, len(symbols)
     else:
         n_tokens, pad_id = len(vocab), vocab["<pad>"]
-        token_ids = np.array([vocab.get(gene, pad_id) for gene in names])
-        check_known(names[:n_measured], vocab, source)
+        token_ids = np.array([vocab.get(gene, pad_id) for gene in symbols])
+        check_known(cells.genes, vocab, source)
+    names = unique_names(symbols)
+    if (names != symbols).any():
+        print(f"symbols of two genes: the second is {shown(names[names != symbols])}; perturbations flag the "
+              "first")
 
-    position = {gene: i for i, gene in reversed(list(enumerate(names)))}  # the first of two
-    doubles = [i for i, gene in enumerate(names) if position[gene] != i]
-    for i in doubles:
-        gene = names[i]
-        names[i] = next(name for n in range(1, len(names)) if (name := f"{gene}-{n}") not in position)
-        position[names[i]] = i
-    if doubles:
-        print(f"symbols of two genes: the second is {shown(names[doubles])}; perturbations flag the first")
-
+    position = {gene: i for i, gene in enumerate(names)}
     n_targets = max(map(len, cells.targets_of.values()))
     targets = np.full((len(cells.conditions), max(1, n_targets)), -1, dtype=np.int32)
     for row, condition in enumerate(cells.conditions):
@@ -1039,6 +1037,17 @@ def number_genes(cells, vocab, source):
     is_measured = np.arange(len(names)) < n_measured
     return SimpleNamespace(names=names, token_ids=token_ids, measured=is_measured, targets=targets,
                            n_tokens=n_tokens, pad_id=pad_id, unmeasured=unmeasured)
+
+
+def unique_names(symbols):
+    """Symbols (G,) in which the second `A` is called `A-1`."""
+    names, taken, seen = symbols.copy(), set(symbols), set()
+    for i, symbol in enumerate(symbols):
+        if symbol in seen:
+            names[i] = next(name for n in itertools.count(1) if (name := f"{symbol}-{n}") not in taken)
+            taken.add(names[i])
+        seen.add(symbol)
+    return names
 
 
 def check_known(genes, vocab, source):

@@ -757,8 +757,8 @@ def earlier_config(folder, config, force):
         return old
     is_begun = old["finished"] or (folder / "state.pt").exists()
     if is_begun and not force:  # with --force it is what an earlier --force left behind
-        sys.exit(f"error: {folder} was trained otherwise ({words}); keep both with --name, or replace it with "
-                 "--force")
+        sys.exit(f"error: {folder} was trained otherwise ({words}); keep both with --name, or replace it "
+                 "with --force")
     return None
 
 

@@ -7,13 +7,13 @@
                                                         chosen runs; the authors' own model, fetched; a file
     python 05_eval.py --dataset norman --external GEARS=gears.h5ad      another method's predictions
     python 05_eval.py --dataset norman --predict POU3F2 CEBPE+KLF1      what these perturbations do
-    python 05_eval.py --dataset norman --predict KLF1 --run ridge_ncbi additive     so say baselines
+    python 05_eval.py --dataset norman --predict KLF1 --run ridge_ncbi additive     ... by baselines
     python 05_eval.py --dataset norman --predict KLF1 --controls-from my_cells.h5ad     in cells of one's own
     python 05_eval.py --dataset norman --towards CEBPA      which perturbations lead to these cells
     python 05_eval.py --dataset norman --cells                          cell by cell, for scanpy and cell-eval
 
 Writes report.md with figures, metrics.csv (a value per condition), summary.csv (mean and 95% interval over
-seeds), and each model's predicted mean profiles as predictions/<model>.seed<N>.h5ad, which are used again.
+seeds), and each model's mean profiles as predictions/<model>.seed<N>.h5ad, which the next call reuses.
 
 The prediction of a condition is the mean over control cells of what the model predicts for each; every model
 gets the same control cells. Beside them stand baselines, which need no training; report.md explains them.
@@ -23,8 +23,8 @@ measured.cells.h5ad: the pair that `cell-eval run --pert-col condition --control
 
 --predict writes to results/<dataset>/predicted/<--name>/: predicted.csv (perturbations by the size of their
 effect), predicted_genes.csv (the 20 genes that change most), predicted.h5ad, and figures for a dozen at most.
---towards adds towards.csv: candidates (--predict's, or every gene of the dataset) by how near they lead.
-From Python, the same with the same words:
+--towards adds towards.csv: --predict's perturbations (or every gene's) ranked by how close they lead to it.
+The same from Python, with the same options:
 
     evaluation = importlib.import_module("05_eval")
     found = evaluation.predict("--dataset", "norman", "--predict", "KLF1", "CEBPE+KLF1")
@@ -59,6 +59,7 @@ import sys
 import textwrap
 import time
 import urllib.parse
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,15 +79,15 @@ shown = shared.shown
 
 BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/"
 FINETUNED = "models/finetuned/"  # <variant>/<dataset>/<file>.pt
-METRICS = {  # name: (heading, whether higher is better)
-    "pearson_delta_top20": ("Pearson Δ top 20", True),
-    "pearson_delta_all": ("Pearson Δ all", True),
-    "mse_top20": ("MSE top 20", False),
-    "mse_all": ("MSE all", False),
-    "pearson_top20": ("Pearson top 20", True),
-    "pearson_all": ("Pearson all", True),
-    "pearson_systema": ("Pearson Systema", True),
-    "centroid_accuracy": ("centroid accuracy", True)}
+METRICS = {  # name: heading; higher is better, but for squared errors
+    "pearson_delta_top20": "Pearson Δ top 20",
+    "pearson_delta_all": "Pearson Δ all",
+    "mse_top20": "MSE top 20",
+    "mse_all": "MSE all",
+    "pearson_top20": "Pearson top 20",
+    "pearson_all": "Pearson all",
+    "pearson_systema": "Pearson Systema",
+    "centroid_accuracy": "centroid accuracy"}
 MAIN_METRIC = "pearson_delta_top20"
 BASELINES = {  # they need no training
     "non-ctrl-mean": "the mean profile of the training perturbations",
@@ -97,7 +98,8 @@ BASELINES = {  # they need no training
     "ridge_<source>": "ridge regression from the sum of the targets' vectors to the response (GenePert)"}
 FOR_ANY_TARGET = ("non-ctrl-mean", "matching-mean", "additive")  # the baselines that --predict takes by name
 CEILING = "data-ceiling"
-FIRST = (1, 5, 10)       # how many guesses count in the reverse question
+PREDICTED_CELLS = "predicted cells below measured control cells"
+TOP_K = (1, 5, 10)       # how many guesses count in the reverse question
 N_DRAWS = 10             # of the random baseline, and of the halves of the ceiling
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
 CELLS_X_GENES = 80_000   # values predicted between two steps of the progress bar
@@ -201,7 +203,8 @@ def find_models(args):
 
 def named_baselines(args):
     """The baselines among the names of --run."""
-    return [item for item in args.run or () if item in FOR_ANY_TARGET or item.startswith("ridge_")]
+    return [item for item in args.run or () if item in FOR_ANY_TARGET
+            or item.startswith("ridge_") and not item.endswith(".pt")]
 
 
 def load_model(path, data):
@@ -234,20 +237,19 @@ def predict_cells(net, path, data, control, target_idx, machine):
 # Predictions of the held-out conditions
 
 def held_out(data):
-    """The test conditions of a dataset over its measured genes (G), which alone count, as a namespace.
+    """The test conditions of a dataset over its measured genes (G), the only ones scored, as a namespace.
 
     rows (P,) among the conditions, names and subgroups (P,), gene_idx and genes (G,), true (P, G), ctrl (G,),
     perturbed_mean (G,) over the training perturbations, de_idx (P, 20) among the measured genes.
     """
     rows = np.flatnonzero(data.split == "test")
-    gene_idx = np.flatnonzero(data.measured)
-    column = np.full(len(data.genes) + 1, -1)  # the last is for -1: no gene
-    column[gene_idx] = np.arange(len(gene_idx))
+    measured = keep_genes(data, data.measured)
+    groups = {**count_subgroups(filter(None, data.subgroup[rows])), "all": len(rows)}
     return SimpleNamespace(
-        rows=rows, names=data.conditions[rows], subgroups=data.subgroup[rows],
-        gene_idx=gene_idx, genes=data.genes[gene_idx], de_idx=column[data.de_idx[rows]],
-        true=data.mean[rows][:, gene_idx], ctrl=data.mean[data.split == "ctrl"][0][gene_idx],
-        perturbed_mean=data.mean[data.split == "train"].mean(0, dtype=np.float64)[gene_idx])
+        rows=rows, names=data.conditions[rows], subgroups=data.subgroup[rows], groups=groups,
+        gene_idx=np.flatnonzero(data.measured), genes=measured.genes, de_idx=measured.de_idx[rows],
+        true=measured.mean[rows], ctrl=measured.mean[data.split == "ctrl"][0],
+        perturbed_mean=measured.mean[data.split == "train"].mean(0, dtype=np.float64))
 
 
 def draw_controls(data, rows, n_controls, seed):
@@ -266,8 +268,7 @@ def predict_means(run, data, test, machine, keep_cells):
     means, blocks = np.zeros((len(test.rows), len(data.genes))), []
     progress = tqdm(total=sum(map(len, test.controls)), desc=f"  {run.name}, seed {run.seed}", unit=" cells",
                     leave=False, disable=None)
-    for i, (row, cells) in enumerate(zip(test.rows, test.controls)):
-        target_idx = data.targets[row][data.targets[row] >= 0]
+    for i, (cells, target_idx) in enumerate(zip(test.controls, targets_at(data, test.rows))):
         for start in range(0, len(cells), step):  # so that memory does not grow with the number of cells
             control = data.X[cells[start:start + step]].toarray()
             predicted = predict_cells(net, run.path, data, control, target_idx, machine)
@@ -285,31 +286,23 @@ def predict_run(run, args, data, test, machine):
     path = args.root / "results" / args.dataset / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
     made = shared.made_from({"controls": args.controls or "as cells", "seed": args.seed},
                             {"dataset.h5": test.fingerprint, "model": shared.checksum(run.path)})
-    is_there = shared.is_current(path, made, args.force)
-    if args.cells:
-        is_there &= shared.is_current(path.with_suffix(".cells.h5ad"), made, args.force)
-    if not is_there:
+    outputs = [path, path.with_suffix(".cells.h5ad")] if args.cells else [path]
+    if not all(shared.is_current(output, made, args.force) for output in outputs):
         started = time.perf_counter()
         means, blocks = predict_means(run, data, test, machine, args.cells)
-        write_predictions(path, made, run, data, test, means, blocks)
+        n_controls = [len(cells) for cells in test.controls]
+        obs = {"condition": test.names, "subgroup": test.subgroups, "model": [run.name] * len(means),
+               "seed": [run.seed] * len(means), "n_controls": n_controls}
+        prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes,
+                           describe(data, "predicted means"), test.ctrl)
+        if args.cells:
+            control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
+            labels = [prepare.CONTROL] * len(control) + list(np.repeat(test.names, n_controls))
+            write_cells(outputs[1], made, data, np.concatenate([control, *blocks]), labels, PREDICTED_CELLS,
+                        [run] * len(labels))
         print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {path}")
     with shared.read_h5(path) as file:
         return file["X"][:]
-
-
-def write_predictions(path, made, run, data, test, means, blocks):
-    """Write what predict_means returns: a run's mean profiles, and where there are any its cells."""
-    n = len(test.rows)
-    n_controls = [len(cells) for cells in test.controls]
-    obs = {"condition": test.names, "subgroup": test.subgroups, "model": [run.name] * n,
-           "seed": [run.seed] * n, "n_controls": n_controls}
-    description = describe(data, "predicted means")
-    prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes, description, test.ctrl)
-    if blocks:
-        control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
-        labels = [prepare.CONTROL] * len(control) + list(np.repeat(test.names, n_controls))
-        cells = np.concatenate([control, *blocks])
-        write_cells(path.with_suffix(".cells.h5ad"), made, data, cells, labels, [run] * len(labels))
 
 
 def describe(data, what):
@@ -317,31 +310,28 @@ def describe(data, what):
     return f"{what}, log-normalized expression" + (" of SYNTHETIC cells" if data.synthetic else "")
 
 
-def target_genes(labels):
-    """The targets of each label, joined by +, or `ctrl`: cell-eval leaves these genes out of some scores."""
+def write_cells(path, made, data, X, labels, what, runs=()):
+    """Write cells X (cells, G) with the label of each, and the run that predicted it.
+
+    target_gene, the targets joined by +, or `ctrl`: cell-eval leaves these genes out of some scores.
+    """
     targets_of = [[part for part in label.split("+") if part != prepare.CONTROL] for label in labels]
-    return ["+".join(targets) or prepare.CONTROL for targets in targets_of]
-
-
-def write_cells(path, made, data, X, labels, runs):
-    """Write predicted cells X (cells, G) below control cells, with the label and the run of each."""
-    np.maximum(X, 0, out=X)  # the output is linear, and readers of log-normalized data refuse values below 0
-    obs = {"condition": labels, "target_gene": target_genes(labels), "model": [run.name for run in runs],
-           "seed": [run.seed for run in runs]}
-    prepare.write_h5ad(path, made, X, obs, data.genes[data.measured],
-                       describe(data, "predicted cells below measured control cells"))
+    target_genes = ["+".join(targets) or prepare.CONTROL for targets in targets_of]
+    obs = {"condition": labels, "target_gene": target_genes}
+    if runs:
+        np.maximum(X, 0, out=X)  # models are linear at the end; readers refuse log-normalized values below 0
+        obs |= {"model": [run.name for run in runs], "seed": [run.seed for run in runs]}
+    prepare.write_h5ad(path, made, X, obs, data.genes[data.measured], describe(data, what))
 
 
 def write_measured_cells(path, data, test, force):
     """Write the measured control cells and cells of the test conditions, to compare predicted ones with."""
     made = shared.made_from({}, {"dataset.h5": test.fingerprint})
     if not shared.is_current(path, made, force):
-        of_tests = [np.flatnonzero(data.cell_condition == row) for row in test.rows]
-        cells = np.concatenate([data.ctrl_cells, *of_tests])
+        test_cells = [np.flatnonzero(data.cell_condition == row) for row in test.rows]
+        cells = np.concatenate([data.ctrl_cells, *test_cells])
         labels = list(data.conditions[data.cell_condition[cells]])
-        obs = {"condition": labels, "target_gene": target_genes(labels)}
-        prepare.write_h5ad(path, made, data.X[cells][:, test.gene_idx], obs, test.genes,
-                           describe(data, "measured cells"))
+        write_cells(path, made, data, data.X[cells][:, test.gene_idx], labels, "measured cells")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -358,8 +348,17 @@ def targets_at(data, rows):
     return [data.targets[row][data.targets[row] >= 0] for row in rows]
 
 
+def trained_singles(data):
+    """{target: its training conditions without another target}: [row, ...], of A+ctrl and ctrl+A."""
+    rows_of, trained = {}, np.flatnonzero(data.split == "train")
+    for row, targets in zip(trained, targets_at(data, trained)):
+        if len(targets) == 1:
+            rows_of.setdefault(targets[0], []).append(row)
+    return rows_of
+
+
 def baseline_means(data, targets):
-    """Mean profiles that the baselines without chance predict for each of P lists of targets (gene indices):
+    """Mean profiles that the deterministic baselines predict for each of P lists of targets (gene indices):
     {name: (P, genes)}."""
     trained = np.flatnonzero(data.split == "train")
     ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
@@ -367,13 +366,9 @@ def baseline_means(data, targets):
 
     # The profile of each single target that was trained on, over its labels (A+ctrl, ctrl+A)
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
-    rows_of = {}
-    for row, of_row in zip(trained, targets_at(data, trained)):
-        if len(of_row) == 1:
-            rows_of.setdefault(of_row[0], []).append(row)
     mean = data.mean.astype(np.float64)
-    profile_of = {target: np.average(mean[of_target], axis=0, weights=n_cells[of_target])
-                  for target, of_target in rows_of.items()}
+    profile_of = {target: np.average(mean[rows], axis=0, weights=n_cells[rows])
+                  for target, rows in trained_singles(data).items()}
 
     matching = [np.mean([profile_of.get(target, non_ctrl) for target in parts], 0) for parts in targets]
     additive = [ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in parts) for parts in targets]
@@ -427,13 +422,6 @@ def ridge_profiles(data, wanted, ridge_files):
     return {name: means for name, means in found.items() if means is not None}
 
 
-def choose_ridge_files(embeddings):
-    """{source: file of vectors} for the ridge regressions: published and concat where there is a choice, and
-    whole vectors (lsa, not lsa-64)."""
-    return {source: found.get(("published", "concat")) or found[min(found)]
-            for source, found in embeddings.items()}
-
-
 def halves(data, rows, draw):
     """Mean profiles of two random halves of each condition's cells, (2, P, genes); NaN for a single cell."""
     rng = training.random_stream("halves", draw)
@@ -455,8 +443,8 @@ def all_baselines(data, test, ridge_files):
     for draw in range(N_DRAWS):
         yield "random", draw, random_means(data, test.rows, draw)[:, test.gene_idx], test.true
     for draw in range(N_DRAWS):
-        one, other = halves(data, test.rows, draw)[:, :, test.gene_idx]
-        yield CEILING, draw, one, other
+        half, other_half = halves(data, test.rows, draw)[:, :, test.gene_idx]
+        yield CEILING, draw, half, other_half
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -466,7 +454,8 @@ def read_external(item, data, test, args):
     """Another method's predictions, NAME=FILE.h5ad: obs column `condition`, X expression, per cell or per
     condition. Conditions match by their targets, genes by symbol.
 
-    Returns the name and mean profiles (P, G), NaN for conditions that the file lacks.
+    Returns what `compare` takes: name, seed "", mean profiles (P, G), NaN for conditions that the file
+    lacks, and the true ones.
     """
     name, _, path = item.partition("=")
     if not Path(path).is_file():
@@ -474,34 +463,31 @@ def read_external(item, data, test, args):
     shared.check_name(name, "--external")
     with prepare.open_cells(Path(path), args.root / "data" / args.dataset) as h5ad:
         with shared.read_h5(h5ad) as file:
-            prepare.check_is_anndata(file, path)
-            matrix, var = prepare.find_matrix(file, args.layer, path)
-            genes, _ = prepare.read_genes(var, args.gene_key, path)
+            _, genes, _ = prepare.find_expression(file, args, path)
             labels, label_of_cell = prepare.read_column(file["obs"], "condition", path)
-            blocks = prepare.read_blocks(matrix, path, len(label_of_cell), len(genes))
-            means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
+        blocks = prepare.expression_blocks(h5ad, args, path, len(label_of_cell), len(genes))
+        means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
 
-    column = {gene: i for i, gene in enumerate(genes)}
+    column = {gene: i for i, gene in enumerate(prepare.unique_names(genes))}
     missing = [gene for gene in test.genes if gene not in column]
     if missing:
         sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: {shown(missing, 3)}; "
                  f"it has {shown(genes, 3)}")
-    row_of, known = {}, set(data.genes)
-    for row, label in enumerate(labels):
+    means = means[:, [column[gene] for gene in test.genes]]
+    mean_of, notations = {}, label_notations(set(data.genes), args)
+    for label, mean in zip(labels, means):
         with contextlib.suppress(ValueError):  # a label that is no condition
-            row_of[frozenset(parse_perturbation(label, known, args))] = row
-    profiles = np.full(test.true.shape, np.nan)
-    for i, row in enumerate(test.rows):
-        targets = frozenset(data.genes[data.targets[row][data.targets[row] >= 0]])
-        if targets in row_of:
-            profiles[i] = means[row_of[targets]][[column[gene] for gene in test.genes]]
+            mean_of[frozenset(parse_perturbation(label, notations))] = mean
+    no_mean = np.full(len(test.genes), np.nan)
+    profiles = np.stack([mean_of.get(frozenset(data.genes[targets]), no_mean)
+                         for targets in targets_at(data, test.rows)])
     found = profiles[np.isfinite(profiles).all(1)]
     if not len(found):
         sys.exit(f"error: {path}: obs/condition has none of the {len(test.rows)} test conditions, such as "
                  f"{test.names[0]!r}, or NaN in all of them")
     print(f"{name}: {len(found)} of the {len(test.rows)} test conditions are in {path}")
     check_values(found, is_whole, test.ctrl, path)
-    return name, profiles
+    return name, "", profiles, test.true
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
@@ -541,13 +527,13 @@ def check_values(profiles, is_whole, ctrl, path):
 # Scores
 
 def score(name, seed, predicted, true, test):
-    """Rows (model, seed, condition, subgroup, metric, value) of predicted and true profiles (P, G). A condition
-    that one of them lacks (NaN) has no row."""
-    there = np.flatnonzero(np.isfinite(predicted).all(1) & np.isfinite(true).all(1))
-    scores = metrics.evaluate(predicted[there], true[there], test.ctrl, test.de_idx[there])
-    scores |= metrics.evaluate_specific(predicted[there], true[there], test.perturbed_mean)
+    """Rows (model, seed, condition, subgroup, metric, value) of predicted and true profiles (P, G). A
+    condition that one of them lacks (NaN) has no row."""
+    has_both = np.flatnonzero(np.isfinite(predicted).all(1) & np.isfinite(true).all(1))
+    scores = metrics.evaluate(predicted[has_both], true[has_both], test.ctrl, test.de_idx[has_both])
+    scores |= metrics.evaluate_specific(predicted[has_both], true[has_both], test.perturbed_mean)
     rows = []
-    for i, p in enumerate(there):
+    for i, p in enumerate(has_both):
         for metric in METRICS:
             if not math.isnan(scores[metric][i]):
                 value = float(scores[metric][i])
@@ -598,7 +584,7 @@ def compare(profiles, models, test):
         rows += score(name, seed, predicted, true, test)
         if np.isfinite(predicted).all() and np.isfinite(true).all():
             ranks = metrics.retrieval_ranks(predicted, true, test.ctrl)
-            shares.setdefault(name, []).append([(ranks <= k).mean() for k in FIRST])
+            shares.setdefault(name, []).append([(ranks <= k).mean() for k in TOP_K])
     errors = by_condition(rows, "mse_all")
     unranked = {}
     for name in models:
@@ -649,7 +635,7 @@ def marked_column(outcome, group, metric):
     texts = {name: number(*value_of(outcome.summary, name, group, metric), metric) for name in outcome.names}
     printed = {name: float(text.split()[0]) for name, text in texts.items()
                if text and name != CEILING and name not in outcome.unranked}
-    ranked = sorted(set(printed.values()), reverse=METRICS[metric][1])
+    ranked = sorted(set(printed.values()), reverse=not metric.startswith("mse"))
     column = []
     for name, text in texts.items():
         rank = ranked.index(printed[name]) if name in printed else None
@@ -729,9 +715,9 @@ squared error of log-normalized expression. **Pearson Systema** takes the change
 perturbations instead, and **centroid accuracy** is the share of other conditions that are farther from a
 prediction than its own: where predictions look alike, these two are near chance, 0 and 0.5.
 
-unseen_single: the target is perturbed in no training condition. combo_seen0, 1, 2: so many targets are.
-`-shuffled` is a model whose texts were permuted among the genes: what it can do
-does not come from the texts.
+Subgroups: unseen_single, the target is perturbed in no training condition; combo_seen0, 1, 2: that many of
+the targets are. `-shuffled`: a control whose texts were permuted among the genes; what it achieves does not
+come from the texts.
 
 Baselines, which need no training:
 """
@@ -739,7 +725,7 @@ Baselines, which need no training:
 
 def write_report(path, args, data, test, outcome):
     """Write report.md: the verdict, what the numbers mean, tables by metric and by subgroup, the runs."""
-    summary, names, groups = outcome.summary, outcome.names, ordered_subgroups(test)
+    summary, names = outcome.summary, outcome.names
     sections = [f"# {args.dataset}: predicting held-out perturbations"]
     if data.synthetic:
         sections += ["**SYNTHETIC data**: simulated cells of invented genes. The numbers show that the kit "
@@ -754,29 +740,30 @@ def write_report(path, args, data, test, outcome):
                  "![The split](split.png)"]
 
     n_seeds = [summary[name, "all", "mse_all"][2] if name in outcome.models else "–" for name in names]
-    columns = {heading: marked_column(outcome, "all", metric) for metric, (heading, _) in METRICS.items()}
+    columns = {heading: marked_column(outcome, "all", metric) for metric, heading in METRICS.items()}
     paper = {}
     if args.dataset in PAPER_DATASETS:
         first = 4 * PAPER_DATASETS.index(args.dataset)
         paper = paper_rows(PAPER, slice(first, first + 4))
-    headings = [METRICS[metric][0] for metric in PAPER_METRICS]
+    headings = [METRICS[metric] for metric in PAPER_METRICS]
     sections += ["## All test conditions",
                  table_with_paper(names, {"seeds": n_seeds, **columns}, paper, headings)]
     for metric in (MAIN_METRIC, "mse_top20"):
-        columns = {f"{group} ({n})": marked_column(outcome, group, metric) for group, n in groups.items()}
+        columns = {f"{group} ({n})": marked_column(outcome, group, metric)
+                   for group, n in test.groups.items()}
         has_paper = args.dataset == "norman" and metric == MAIN_METRIC
         paper = paper_rows(PAPER_BY_SUBGROUP) if has_paper else {}
-        sections += [f"## By subgroup: {METRICS[metric][0]}",
+        sections += [f"## By subgroup: {METRICS[metric]}",
                      table_with_paper(names, columns, paper, PAPER_SUBGROUPS)]
 
     n_test = len(test.rows)
     table = [[name, *(f"{share:.2f}" for share in shares)] for name, shares in outcome.found_first.items()]
-    table.append(["chance", *(f"{min(1, k / n_test):.2f}" for k in FIRST)])
+    table.append(["chance", *(f"{min(1, k / n_test):.2f}" for k in TOP_K)])
     sections += ["## Which perturbation was it?",
-                 "The reverse question: given measured cells of a test condition, its perturbation is looked "
-                 f"for among all {n_test} by the correlation with each predicted change. Share of conditions "
-                 "whose true perturbation is among the first 1, 5 and 10 guesses:",
-                 markdown_table(["model", *(f"first {k}" for k in FIRST)], table)]
+                 f"The reverse question: the measured change of a test condition ranks all {n_test} "
+                 "predicted changes by correlation. Share of conditions whose own prediction is among the "
+                 "first 1, 5 and 10:",
+                 markdown_table(["model", *(f"first {k}" for k in TOP_K)], table)]
 
     header = ["model", "seed", "best epoch", "validation MSE", "parameters", "SHA-256 of its file"]
     table = [[run.name, run.seed, run.config.get("best_epoch", "–"),
@@ -785,33 +772,25 @@ def write_report(path, args, data, test, outcome):
     sections += ["![Bars by subgroup](subgroups.png)"]
     if best_model(outcome):
         sections += ["![Predicted against measured change, of the best model](scatter.png)"]
-    sections += ["## Runs", markdown_table(header, table), "![Training](training.png)" if table else "",
+    sections += ["## Runs", markdown_table(header, table),
+                 "![Training](training.png)" * any(run.config for run in outcome.runs),
                  f"Control cells a condition: {args.controls or 'as many as it has cells'}, drawn with seed "
                  f"{args.seed}, the same for all models."]
     shared.write_text(path, "\n\n".join(filter(None, sections)) + "\n")
 
 
-def ordered_subgroups(test):
-    """{subgroup: number of conditions}, single targets first, and `all` at the end."""
-    groups = {}
-    for group in sorted(set(test.subgroups) - {""}, key=single_first):
-        groups[group] = int((test.subgroups == group).sum())
-    return groups | {"all": len(test.rows)}
+def count_subgroups(subgroups):
+    """{subgroup: number of conditions}, single targets first."""
+    return Counter(sorted(subgroups, key=lambda group: (group != "unseen_single", group)))
 
 
-def single_first(group):
-    """The key that sorts subgroups: single targets first."""
-    return group != "unseen_single", group
-
-
-def print_table(outcome, names, test, data):
+def print_table(outcome, test, data):
     """Print the main metric, a row per model, with the intervals and subgroups that fit the terminal."""
     width = shutil.get_terminal_size().columns
-    groups = ordered_subgroups(test)
-    for shown_groups, n_values in ((groups, 2), (groups, 1), (["all"], 2)):
+    for shown_groups, n_values in ((test.groups, 2), (test.groups, 1), (["all"], 2)):
         header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in shown_groups)]
-        rows = [["(conditions)", *(groups[group] for group in shown_groups)]]
-        for name in names:
+        rows = [["(conditions)", *(test.groups[group] for group in shown_groups)]]
+        for name in (*outcome.models, "non-ctrl-mean", "no-change"):
             values = [value_of(outcome.summary, name, group, MAIN_METRIC) for group in shown_groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
             rows.append([variant, *(number(*value[:n_values]) for value in values)])
@@ -832,11 +811,10 @@ def draw_split(path, data, title):
     """Draw the conditions of the split by subgroup (the paper's Figure 7)."""
     labels, sizes, colors = [], [], []
     for part, color in zip(("train", "val", "test"), shared.COLORS):
-        groups = data.subgroup[data.split == part]
-        for group in sorted(set(groups), key=single_first):
-            labels.append(f"{part} {group.replace('_', ' ')}".strip())
-            sizes.append((groups == group).sum())
-            colors.append(color)
+        groups = count_subgroups(data.subgroup[data.split == part])
+        labels += [f"{part} {group.replace('_', ' ')}".strip() for group in groups]
+        sizes += groups.values()
+        colors += [color] * len(groups)
     figure = shared.new_figure(6.5, 0.6 + 0.35 * len(labels), title)
     axes = figure.subplots()
     axes.bar_label(axes.barh(range(len(labels)), sizes, color=colors), padding=3)
@@ -868,10 +846,11 @@ def draw_bars(path, outcome, groups, title):
     draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
     draw_bar_panel(lower, outcome, names, groups, "mse_top20")
 
-    # Intervals over two seeds may run far beyond what can be
+    # Intervals over two seeds can be huge: clip the axes
     low, high = upper.get_ylim()
     upper.set_ylim(max(low, -1.05), min(high, 1.05))
-    largest = max(value_of(outcome.summary, name, group, "mse_top20")[0] for name in names for group in groups)
+    largest = np.nanmax([value_of(outcome.summary, name, group, "mse_top20")[0]
+                         for name in names for group in groups])
     lower.set_ylim(0, min(lower.get_ylim()[1], 1.5 * largest))
     upper.set_ylabel("Pearson Δ, top 20 DE genes")
     lower.set_ylabel("MSE, top 20 DE genes")
@@ -897,12 +876,11 @@ def draw_bar_panel(axes, outcome, names, groups, metric):
 def draw_scatter(path, name, outcome, profiles, test):
     """Draw a model's predicted against the measured change of every gene, the top 20 in colour: for the three
     test conditions that it predicts best, three in the middle, and the three worst."""
-    predicted = np.mean([of_seed for of_model, _, of_seed, _ in profiles if of_model == name], axis=0)
+    predicted = np.mean([of_seed for model_name, _, of_seed, _ in profiles if model_name == name], axis=0)
     value_of_condition = by_condition(outcome.rows, MAIN_METRIC)[name]
     order = sorted(range(len(test.names)), key=lambda i: -value_of_condition[test.names[i]])
-    middle = len(order) // 2
-    chosen = sorted({*range(len(order))[:3], *range(len(order))[middle - 1:middle + 2],
-                     *range(len(order))[-3:]})
+    n, middle = len(order), len(order) // 2
+    chosen = np.unique(np.r_[0:3, middle - 1:middle + 2, n - 3:n].clip(0, n - 1))
     figure = shared.new_figure(9, 9, f"{name}: change of each gene, top 20 in colour; best, middle, worst")
     for axes, place in zip(figure.subplots(3, 3).flat, chosen):
         i = order[place]
@@ -918,17 +896,15 @@ def draw_scatter(path, name, outcome, profiles, test):
 
 
 def draw_training(path, runs, title):
-    """Draw the validation error of runs by epoch, from their log.csv; models given as files have none."""
+    """Draw the validation error of the kit's runs by epoch, from their log.csv."""
     figure = shared.new_figure(7.5, 5, title)
     axes = figure.subplots()
-    names = list(dict.fromkeys(run.name for run in runs))
+    colors = {}
     for run in runs:
-        log = run.path.with_name("log.csv")
-        if run.config and log.exists():
-            values = np.genfromtxt(log, delimiter=",", names=True, ndmin=1)
-            color = shared.COLORS[names.index(run.name) % len(shared.COLORS)]
-            label = run.name if run is next(other for other in runs if other.name == run.name) else None
-            axes.plot(values["epoch"], values["val_mse"], color=color, label=label)
+        label = None if run.name in colors else run.name  # one entry of the legend a model
+        color = colors.setdefault(run.name, shared.COLORS[len(colors) % len(shared.COLORS)])
+        log = np.genfromtxt(run.path.with_name("log.csv"), delimiter=",", names=True, ndmin=1)
+        axes.plot(log["epoch"], log["val_mse"], color=color, label=label)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation error (MSE)")
     add_legend(figure, 2)
@@ -957,18 +933,21 @@ def read_perturbations(args, data):
             sys.exit(f"error: --predict {item}: no such file")
         else:
             labels.append(item)
+    if not labels:
+        sys.exit(f"error: --predict {' '.join(args.predict)}: no perturbation in it")
 
     vocab = read_vocab(args, data)
     known = set(data.genes) | set(vocab)
+    notations = label_notations(known, args)
     wanted, problems = {}, []
     for label in labels:
         try:
-            genes = parse_perturbation(label, known, args)
+            genes = parse_perturbation(label, notations)
             if not genes:
                 raise ValueError("nothing is perturbed")
             for gene in genes:
-                if gene not in known:
-                    raise ValueError(nearest(gene, data.genes, vocab))
+                if gene not in known:  # ten are shown, and looking for a likely name takes a while
+                    raise ValueError(nearest(gene, data.genes, vocab) if len(problems) < 10 else "unknown")
             wanted.setdefault(frozenset(genes), genes)  # A+B and B+A are one
         except ValueError as error:
             problems.append(f"{label!r} ({error})")
@@ -976,25 +955,29 @@ def read_perturbations(args, data):
         message = (f"{len(problems):,} of {len(labels):,} are not in the dataset or its vocabulary: "
                    f"{shown(problems, 10)}")
         if not (args.skip_unknown and wanted):
-            sys.exit(f"error: --predict: {message}; --skip-unknown goes on without them")
+            advice = "; --skip-unknown goes on without them" if wanted else ""
+            sys.exit(f"error: --predict: {message}{advice}")
         print(f"left out: {message}")
     wanted = {"+".join(genes): genes for genes in wanted.values()}
     add_genes(data, wanted, vocab)
     return wanted
 
 
-def parse_perturbation(label, known, args):
-    """The genes of a label: as `A+B`, as labels of the user's own file are written, or as `A_B` (GEARS)."""
-    plain = {"control": [], "separator": "+", "target_regex": None, "upper_case": False}
-    genes = prepare.parse_condition(label, prepare.make_rules(SimpleNamespace(**plain), known))
-    if set(genes) <= known:
-        return genes
+def label_notations(known, args):
+    """How labels may be written, in the order to try: `A+B`, as in the user's own file, `A_B` (GEARS)."""
+    plus = {"control": [], "separator": "+", "target_regex": None, "upper_case": False}
     own = json.loads(shared.recorded_made_from(args.root / "data" / args.dataset / "dataset.h5"))["options"]
-    for options in (own, plain | {"separator": "_"}):
-        others = prepare.parse_condition(label, prepare.make_rules(SimpleNamespace(**options), known))
-        if set(others) <= known:
-            return others
-    return genes
+    return [prepare.make_rules(SimpleNamespace(**options), known)
+            for options in (plus, own, plus | {"separator": "_"})]
+
+
+def parse_perturbation(label, notations):
+    """The genes of a label, by the first notation that gives known genes only; else as `A+B`."""
+    for rules in notations:
+        genes = prepare.parse_condition(label, rules)
+        if rules.genes.issuperset(genes):
+            return genes
+    return prepare.parse_condition(label, notations[0])
 
 
 def read_vocab(args, data):
@@ -1024,7 +1007,7 @@ def add_genes(data, wanted, vocab):
     data.new_genes = [gene for gene in used if gene not in known]
     if data.new_genes:
         n = len(data.new_genes)
-        print(f"not in the dataset, joined as unmeasured genes: {shown(data.new_genes)}")
+        print(f"not in the dataset, added as unmeasured genes: {shown(data.new_genes)}")
         data.genes = np.concatenate([data.genes, np.array(data.new_genes, dtype=object)])
         data.token_ids = np.concatenate([data.token_ids, [vocab[gene] for gene in data.new_genes]])
         data.measured = np.concatenate([data.measured, np.zeros(n, dtype=bool)])
@@ -1066,29 +1049,30 @@ def read_own_cells(path, args, data):
     """The cells of a user's AnnData file, CSR (cells, genes in common), log-normalized, and which of the
     dataset's genes these are, bool (G,): measured ones that the file has.
 
-    Cells on another scale than the dataset's are brought to it, by the totals over the genes in common.
+    Cells on another scale than the dataset's, by the totals over the genes in common, are brought to it.
     """
     if not path.is_file():
-        sys.exit(f"error: {path} does not exist")
+        sys.exit(f"error: {path}: no such file")
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
         X, genes = prepare.read_cells(h5ad, args, path)
     column_of = {gene: column for column, gene in enumerate(genes)}
     columns = np.array([column_of.get(gene, -1) for gene in data.genes])
     in_common = data.measured & (columns >= 0)
-    words = (f"{path}: {X.shape[0]:,} cells; {in_common.sum():,} of the dataset's {data.measured.sum():,} "
-             "measured genes are in it")
+    summary = (f"{path}: {X.shape[0]:,} cells; {in_common.sum():,} of the dataset's {data.measured.sum():,} "
+               "measured genes are in it")
     if not in_common.any():
-        sys.exit(f"error: {words}; see --gene-key and --upper-case")
-    print(words)
+        sys.exit(f"error: {summary}; see --gene-key and --upper-case")
+    print(summary)
     if in_common.sum() < data.measured.sum() / 2:
-        print("warning: under half of the genes: what is predicted rests on few of them", file=sys.stderr)
+        print("warning: fewer than half of the genes: predictions rest on these few", file=sys.stderr)
 
     X = X[:, columns[in_common]]
     control = data.X[data.ctrl_cells[:1000]][:, in_common]
-    wanted, total = [np.median(prepare.cell_totals(cells.expm1())) for cells in (control, X)]
-    if total > 0 and not 0.5 < wanted / total < 2:
-        print(f"{path}: its cells sum to {total / wanted:.1f} times what the dataset's do: scaled to those")
-        X = prepare.normalize(X.expm1(), np.full(X.shape[0], wanted / total))
+    wanted_total, total = [np.median(prepare.cell_totals(cells.expm1())) for cells in (control, X)]
+    if total > 0 and not 0.9 < total / wanted_total < 1.1:
+        print(f"{path}: its cells sum to {total / wanted_total:.2f} times what the dataset's do: scaled to "
+              "those")
+        X = prepare.normalize(X.expm1(), np.full(X.shape[0], wanted_total / total))
     return X, in_common
 
 
@@ -1120,8 +1104,7 @@ def choose_cells(data, wanted, args):
 
 def keep_genes(data, kept):
     """The dataset, without its X, over some of its genes, a mask (G,)."""
-    new_idx = np.append(np.cumsum(kept) - 1, -1)  # the last: of -1, no gene
-    new_idx[:-1][~kept] = -1
+    new_idx = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last entry serves -1, "no gene"
     by_gene = {"genes": data.genes[kept], "token_ids": data.token_ids[kept], "measured": data.measured[kept],
                "mean": data.mean[:, kept], "targets": new_idx[data.targets], "de_idx": new_idx[data.de_idx]}
     return SimpleNamespace(**(vars(data) | by_gene | {"X": None}))
@@ -1130,7 +1113,7 @@ def keep_genes(data, kept):
 # ----------------------------------------------------------------------------------------------------------
 # --predict: predicting
 
-def make_study(args, data, runs, embeddings, machine, folder=None):
+def make_study(args, data, runs, ridge_files, machine, folder=None):
     """Predict the perturbations of --predict with every model: the namespace of choose_cells, and in it
 
     wanted {name: [gene, ...]}; genes_of, the same with what is predicted besides: no perturbation (called
@@ -1153,14 +1136,17 @@ def make_study(args, data, runs, embeddings, machine, folder=None):
     for condition, targets in enumerate(targets_at(data, range(len(data.conditions)))):
         study.conditions_of.setdefault(frozenset(data.genes[targets]), []).append(condition)
 
-    study.runs, study.changes, study.cells = {}, {}, {}
+    if args.towards:  # read first: a mistake in it would cost hours of predictions
+        study.goal, study.goal_genes, study.goal_targets = read_goal(study, args)
+
+    study.runs, study.cells = {}, {}
     for run in runs:
         study.runs.setdefault(run.name, []).append(run)
-    for of_model, its_runs in study.runs.items():
-        study.changes[of_model] = stored_changes(study, its_runs, folder)
+    study.changes = {model_name: stored_changes(study, runs_of_model, folder)
+                     for model_name, runs_of_model in study.runs.items()}
     predict_changes(study, machine, args)
     if named_baselines(args) or not runs:
-        add_baselines(study, named_baselines(args), choose_ridge_files(embeddings))
+        add_baselines(study, named_baselines(args), ridge_files)
     if not any(mean_changes(study, name) for name in wanted):
         sys.exit(f"error: --run {' '.join(study.runs)}: says nothing of {shown(list(wanted))}")
     print(f"perturbations: {len(wanted):,}; models: {len(study.runs)}; cells for each: {len(study.control)}")
@@ -1169,7 +1155,8 @@ def make_study(args, data, runs, embeddings, machine, folder=None):
 
 def stored_changes(study, runs, folder):
     """The array (runs, perturbations, genes) for the changes that a model's runs predict, 0 where nothing was
-    predicted yet: in memory, or in a file of `folder` that is named after what decides them."""
+    predicted yet: in memory, or in a file of `folder` that is named after what decides them. What a call that
+    was interrupted leaves there stays until the same call is finished."""
     shape = len(runs), len(study.genes_of), len(study.data.genes)
     if folder is None:
         return np.zeros(shape, dtype=np.float32)
@@ -1177,8 +1164,8 @@ def stored_changes(study, runs, folder):
     digest = hashlib.sha256(study.control.tobytes() + repr(inputs).encode()).hexdigest()
     path = folder / f".{runs[0].name}.{digest[:16]}.npy"
     if not path.exists():
-        with shared.replacing(path) as partial:
-            np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+        with shared.replacing(path) as partial, open(partial, "wb") as file:
+            np.save(file, np.zeros(shape, dtype=np.float32))  # takes its place on the disk before the hours
     return np.load(path, mmap_mode="r+")
 
 
@@ -1188,20 +1175,20 @@ def predict_changes(study, machine, args):
     gene_idx = {gene: i for i, gene in enumerate(data.genes)}
     n_runs = sum(map(len, study.runs.values()))
     progress = tqdm(total=n_runs * len(study.genes_of), unit=" predictions", leave=False, disable=None)
-    for of_model, runs in study.runs.items():
-        for run, changes in zip(runs, study.changes[of_model]):
+    for model_name, runs in study.runs.items():
+        for run, changes in zip(runs, study.changes[model_name]):
             net = load_model(run.path, data)
             add_language(net, run, data, args)
             net.to(machine.device)
             for (name, genes), change in zip(study.genes_of.items(), changes):
                 progress.update()
-                if change.any() and not study.keeps_cells:  # by an earlier command, which was interrupted
+                if change.all() and not study.keeps_cells:  # by an earlier command, which was interrupted
                     continue
                 target_idx = [gene_idx[gene] for gene in genes]
                 predicted = predict_cells(net, run.path, data, study.control, target_idx, machine)
                 change[:] = predicted.mean(0, dtype=np.float64) - study.baseline
                 if study.keeps_cells and name in study.wanted:
-                    study.cells.setdefault((name, of_model), []).append(predicted)
+                    study.cells.setdefault((name, model_name), []).append(predicted)
     progress.close()
 
 
@@ -1217,34 +1204,28 @@ def add_baselines(study, names, ridge_files):
     del profiles["no-change"]
     for name in names:
         if name not in profiles:
-            sys.exit(f"error: --run {name}: its source has no vectors here of a training target")
+            sys.exit(f"error: --run {name}: its source has no vectors of any training target here")
 
-    trained_alone = {int(row[0]) for row in targets_at(data, np.flatnonzero(data.split == "train"))
-                     if len(row) == 1}
-    is_new = np.array([trained_alone.isdisjoint(of_label.tolist()) for of_label in targets])
-    for of_model in names or profiles:
-        changes = profiles[of_model][:, study.kept] - study.ctrl
-        if of_model in ("additive", "matching-mean") and is_new.any():
+    singles = trained_singles(data).keys()
+    is_new = np.array([singles.isdisjoint(target_idx) for target_idx in targets])
+    for model_name in names or profiles:
+        changes = profiles[model_name][:, study.kept] - study.ctrl
+        if model_name in ("additive", "matching-mean") and is_new.any():
             changes[is_new] = np.nan
             unknown = list(itertools.compress(perturbed, is_new))
-            print(f"{of_model} says nothing of {shown(unknown)}: never perturbed alone in training")
-        study.runs[of_model] = [SimpleNamespace(name=of_model, seed=0, path=None)]
-        study.changes[of_model] = np.pad(changes, ((1, 0), (0, 0)))[None].astype(np.float32)  # first: nothing
-        for name, change in zip(study.genes_of, study.changes[of_model][0]):
+            print(f"{model_name} says nothing of {shown(unknown)}: never perturbed alone in training")
+        study.runs[model_name] = [SimpleNamespace(name=model_name, seed=0, path=None)]
+        study.changes[model_name] = np.pad(changes, ((1, 0), (0, 0)))[None].astype(np.float32)  # row 0: none
+        for name, change in zip(study.genes_of, study.changes[model_name][0]):
             if study.keeps_cells and name in study.wanted and np.isfinite(change).all():
-                study.cells[name, of_model] = [study.control + change]
+                study.cells[name, model_name] = [study.control + change]
 
 
 def mean_changes(study, name):
     """{model: its mean change (genes,) over its runs} by a perturbation, of the models that predict it."""
-    means = {of_model: changes[:, study.row_of[name]].mean(0, dtype=np.float64)
-             for of_model, changes in study.changes.items()}
-    return {of_model: mean for of_model, mean in means.items() if np.isfinite(mean).all()}
-
-
-def measured_conditions(study, name):
-    """The conditions of the screen that are this perturbation: [row, ...], empty if it was not measured."""
-    return study.conditions_of.get(frozenset(study.wanted[name]), [])
+    means = {model_name: changes[:, study.row_of[name]].mean(0, dtype=np.float64)
+             for model_name, changes in study.changes.items()}
+    return {model_name: mean for model_name, mean in means.items() if np.isfinite(mean).all()}
 
 
 def predict(*words):
@@ -1254,29 +1235,30 @@ def predict(*words):
     predicted from, delta (n, G) the predicted mean change.
     """
     study = make_study(*set_up(parse_arguments(words)))
-    rows = list(predicted_rows(study))
-    return {"condition": np.array([name for name, _, _ in rows]),
-            "model": np.array([run.name for _, run, _ in rows]),
-            "seed": np.array([run.seed for _, run, _ in rows]),
-            "genes": study.data.genes, "control": study.baseline,
-            "delta": np.stack([change for _, _, change in rows])}
+    obs, changes = list_predictions(study)
+    arrays = {column: np.array(values) for column, values in obs.items()}
+    return arrays | {"genes": study.data.genes, "control": study.baseline, "delta": np.stack(changes)}
 
 
-def predicted_rows(study):
-    """Yield (name, run, change (genes,)) of every perturbation and run that predicts it."""
+def list_predictions(study):
+    """Every prediction: {"condition": [...], "model": [...], "seed": [...]}, [change (genes,), ...]."""
+    obs, rows = {"condition": [], "model": [], "seed": []}, []
     for name in study.wanted:
-        for of_model in mean_changes(study, name):
-            for run, changes in zip(study.runs[of_model], study.changes[of_model]):
-                yield name, run, changes[study.row_of[name]]
+        for model_name in mean_changes(study, name):
+            for run, changes in zip(study.runs[model_name], study.changes[model_name]):
+                for column, value in zip(obs, (name, run.name, run.seed)):
+                    obs[column].append(value)
+                rows.append(changes[study.row_of[name]])
+    return obs, rows
 
 
 # ----------------------------------------------------------------------------------------------------------
 # --predict: what it writes
 
-def predict_perturbations(args, data, runs, embeddings, machine):
+def predict_perturbations(args, data, runs, ridge_files, machine):
     """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
     folder = args.root / "results" / args.dataset / "predicted" / args.name
-    study = make_study(args, data, runs, embeddings, machine, folder)
+    study = make_study(args, data, runs, ridge_files, machine, folder)
     for pattern in ("*.png", "predicted.cells.h5ad", "towards.csv"):  # of an earlier call
         for old in folder.glob(pattern):
             old.unlink()
@@ -1296,11 +1278,12 @@ def predict_perturbations(args, data, runs, embeddings, machine):
     if args.towards:
         rank_towards(folder, study, args)
     else:
-        for name, of_model, _, size, *_, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
-            print_wrapped(f"{name}: effect {size:.4f} by {of_model}; {' '.join(top.split()[:5])} ...")
+        for name, model_name, _, size, *_, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
+            print_wrapped(f"{name}: effect {size:.4f} by {model_name}; {' '.join(top.split()[:5])} ...")
+    stored = [changes.filename for changes in study.changes.values() if isinstance(changes, np.memmap)]
     study.changes.clear()
-    for changes in folder.glob(".*.npy"):  # of this call, and of others that were interrupted
-        changes.unlink()
+    for path in stored:
+        Path(path).unlink()
     print(f"values{' and figures' if study.has_figures else ''}: {folder}")
 
 
@@ -1316,17 +1299,10 @@ def most_changed(change, data, n=20):
     return np.argsort(-size, kind="stable")[:min(n, data.measured.sum())]
 
 
-def correlation(a, b):
-    """Pearson correlation of two changes (genes,); NaN where one is the same for all genes."""
+def pair_correlations(changes):
+    """Pearson correlation of each pair of n changes (genes,); NaN where one is the same for all genes."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(a, b)[0, 1])
-
-
-def disagreement(changes):
-    """1 less the correlation of two models' changes (genes,), mean over the pairs of models; NaN for a single
-    model."""
-    pairs = [1 - correlation(a, b) for a, b in itertools.combinations(changes, 2)]
-    return float(np.mean(pairs)) if pairs else math.nan
+        return np.atleast_2d(np.corrcoef(changes))[np.triu_indices(len(changes), 1)]
 
 
 def effect_rows(study):
@@ -1334,8 +1310,9 @@ def effect_rows(study):
 
     effect_rms: root mean square of the change over the measured genes. interaction_rms, for pairs: that of
     what is left without the changes by the single targets, each less what is predicted for no perturbation.
-    disagreement: see there, over the models without shuffled controls; priority: the mean effect_rms of the
-    models times their disagreement. What is large and disputed is worth measuring next.
+    disagreement: 1 less the correlation of two models' changes, mean over the pairs of models; NaN for a
+    single one. priority: mean effect_rms of the models, times disagreement: a large effect that they disagree
+    on is worth measuring next. Both leave shuffled controls out.
     """
     measured = study.data.measured
 
@@ -1346,97 +1323,96 @@ def effect_rows(study):
         means = mean_changes(study, name)
         if not means:
             continue
-        disputed = disagreement([mean[measured] for of_model, mean in means.items()
-                                 if "-shuffled" not in of_model])
-        priority = float(np.mean([rms(mean) for mean in means.values()])) * disputed
-        for of_model, mean in means.items():
-            changes = study.changes[of_model]  # (runs, perturbations, genes)
+        effects = {model_name: metrics.interval95(rms(study.changes[model_name][:, study.row_of[name]]))
+                   for model_name in means}  # {model: (effect_rms, interval)}
+        rivals = [model_name for model_name in means if "-shuffled" not in model_name]
+        disagreement = priority = math.nan
+        if len(rivals) > 1:
+            correlations = pair_correlations([means[model_name][measured] for model_name in rivals])
+            disagreement = float((1 - correlations).mean())
+            priority = float(np.mean([effects[model_name][0] for model_name in rivals])) * disagreement
+        for model_name, mean in means.items():
+            changes = study.changes[model_name]  # (runs, perturbations, genes)
             change, of_nothing = changes[:, study.row_of[name]], changes[:, study.row_of[""]]
-            size, interval = metrics.interval95(rms(change))
             interaction = math.nan
             if len(genes) > 1:
                 alone = sum(changes[:, study.row_of[gene]] - of_nothing for gene in genes)
                 interaction = float(rms(change - of_nothing - alone).mean())
-            top = " ".join(f"{study.data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, study.data, 10))
-            yield name, of_model, len(change), size, interval, interaction, disputed, priority, top
+            top = most_changed(mean, study.data, 10)
+            top = " ".join(f"{study.data.genes[g]}:{mean[g]:+.3f}" for g in top)
+            yield (name, model_name, len(change), *effects[model_name], interaction, disagreement, priority,
+                   top)
 
 
 def gene_rows(study):
     """Yield the rows of predicted_genes.csv: the genes that change most, by each perturbation and model."""
-    for name in study.wanted:
+    for name, genes in study.wanted.items():
         measured = np.full(len(study.data.genes), math.nan)
-        if conditions := measured_conditions(study, name):
+        if conditions := study.conditions_of.get(frozenset(genes)):
             measured = study.screen.mean[conditions].mean(0)[study.kept] - study.ctrl
-        for of_model, mean in mean_changes(study, name).items():
+        for model_name, mean in mean_changes(study, name).items():
             for g in most_changed(mean, study.data):
-                value, half_width = metrics.interval95(study.changes[of_model][:, study.row_of[name], g])
+                value, half_width = metrics.interval95(study.changes[model_name][:, study.row_of[name], g])
                 control = float(study.baseline[g])
-                yield (name, of_model, study.data.genes[g], control, control + value, value, half_width,
+                yield (name, model_name, study.data.genes[g], control, control + value, value, half_width,
                        float(measured[g]))
 
 
 def write_predicted(folder, study, args):
-    """Write predicted.h5ad, a mean profile per perturbation and run, and on request predicted.cells.h5ad."""
+    """Write predicted.h5ad, a mean profile per perturbation and run, and with --cells predicted.cells.h5ad:
+    each run's predicted cells below the cells that they were predicted from."""
     measured, genes = study.data.measured, study.data.genes[study.data.measured]
     made = shared.made_from({"controls": len(study.control), "seed": args.seed},
                             {f"{run.name}, seed {run.seed}": shared.checksum(run.path)
                              for runs in study.runs.values() for run in runs if run.path})
-    rows = [(name, run.name, run.seed) for name, run, _ in predicted_rows(study)]
-    obs = {column: list(values) for column, values in zip(("condition", "model", "seed"), zip(*rows))}
+    obs, changes = list_predictions(study)
     mean_control = study.baseline[measured].astype(np.float32)
-    profiles = (mean_control + change[measured] for _, _, change in predicted_rows(study))
+    profiles = (mean_control + change[measured] for change in changes)
     prepare.write_h5ad(folder / "predicted.h5ad", made, profiles, obs, genes,
                        describe(study.screen, "predicted means"), mean_control)
-    if args.cells:
-        write_predicted_cells(folder / "predicted.cells.h5ad", made, study)
-
-
-def write_predicted_cells(path, made, study):
-    """Write the predicted cells of every run below the cells that they were predicted from."""
+    if not args.cells:
+        return
     blocks, labels, run_of = [], [], []
-    for of_model, runs in study.runs.items():
+    for model_name, runs in study.runs.items():
         for i, run in enumerate(runs):
-            found = {name: study.cells[name, of_model][i] for name in study.wanted
-                     if (name, of_model) in study.cells}
+            found = {name: study.cells[name, model_name][i] for name in study.wanted
+                     if (name, model_name) in study.cells}
             for name, cells in {prepare.CONTROL: study.control, **found}.items():
-                blocks.append(cells[:, study.data.measured])
+                blocks.append(cells[:, measured])
                 labels += [name] * len(cells)
                 run_of += [run] * len(cells)
-    write_cells(path, made, study.data, np.concatenate(blocks), labels, run_of)
+    write_cells(folder / "predicted.cells.h5ad", made, study.data, np.concatenate(blocks), labels,
+                PREDICTED_CELLS, run_of)
 
 
 def warn_of_likeness(study):
     """Print a warning for a model that predicts nearly the same change for all perturbations."""
     rows = [study.row_of[name] for name in list(study.wanted)[:200]]
-    for of_model, runs in study.runs.items():
-        for run, changes in zip(runs, study.changes[of_model]):
-            if len(rows) < 2 or not run.path:  # a baseline
-                continue
-            with np.errstate(invalid="ignore"):  # a model that predicts no change at all
-                correlations = np.corrcoef(changes[rows][:, study.data.measured])
-            likeness = np.median(correlations[np.triu_indices(len(rows), 1)])
-            if likeness > 0.99:
-                print(f"warning: {run.name}, seed {run.seed} predicts nearly the same change for all of "
-                      f"these (median correlation {likeness:.3f}): it says little of each", file=sys.stderr)
+    runs = [pair for name in study.runs for pair in zip(study.runs[name], study.changes[name])]
+    for run, changes in runs if len(rows) > 1 else ():
+        likeness = np.median(pair_correlations(changes[rows][:, study.data.measured]))
+        if run.path and likeness > 0.99:  # a baseline has no path, and may do so
+            print(f"warning: {run.name}, seed {run.seed} predicts nearly the same change for all of these "
+                  f"(median correlation {likeness:.3f}): it hardly tells them apart", file=sys.stderr)
 
 
 def draw_heatmap(path, study):
     """Draw the changes that the first model predicts: perturbations x the genes that change most, both in the
     order of a hierarchical clustering."""
-    of_model, changes = next(iter(study.changes.items()))
-    names = np.array([name for name in study.wanted if of_model in mean_changes(study, name)])
-    if len(names) < 3:
+    model_name = next(iter(study.changes))
+    sizes = {name: np.linalg.norm(means[model_name]) for name in study.wanted
+             if model_name in (means := mean_changes(study, name))}
+    if len(sizes) < 3:
         return
-    sizes = [np.linalg.norm(mean_changes(study, name)[of_model]) for name in names]
-    names = names[np.argsort(-np.array(sizes), kind="stable")[:60]]
-    changes = np.stack([mean_changes(study, name)[of_model] for name in names])  # (perturbations, genes)
+    names = np.array(sorted(sizes, key=sizes.get, reverse=True)[:60])
+    changes = np.stack([mean_changes(study, name)[model_name] for name in names])  # (perturbations, genes)
     genes = most_changed(np.abs(changes).max(0), study.data, 40)
     changes = changes[:, genes]
     rows, columns = (hierarchy.leaves_list(hierarchy.linkage(table, "average")) for table in
                      (changes, changes.T))
     limit = np.abs(changes).max() or 1
 
-    title = f"change of expression that {of_model} predicts{synthetic(study.data)}"
+    title = f"change of expression that {model_name} predicts{synthetic(study.data)}"
     figure = shared.new_figure(9, max(3, 1.5 + 0.16 * len(names)), title)
     axes = figure.subplots()
     image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
@@ -1455,11 +1431,11 @@ def draw_perturbation(folder, name, study):
     """Draw how the top genes of one perturbation change in cells: as measured, if it was, and as each model
     predicts (the paper's Figures 8 and 9)."""
     data = study.data
-    series = {of_model: np.concatenate(study.cells[name, of_model]) - study.baseline
-              for of_model in study.runs if (name, of_model) in study.cells}
+    series = {model_name: np.concatenate(study.cells[name, model_name]) - study.baseline
+              for model_name in study.runs if (name, model_name) in study.cells}
     if not series:
         return
-    conditions = measured_conditions(study, name)
+    conditions = study.conditions_of.get(frozenset(study.wanted[name]))
     if conditions:
         top = data.de_idx[conditions[0]][data.de_idx[conditions[0]] >= 0]
         cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
@@ -1495,57 +1471,64 @@ def draw_perturbation(folder, name, study):
 # --towards: which perturbation leads to these cells
 
 def read_goal(study, args):
-    """The change (genes,) from the cells predicted from to the mean of those that --towards names, and which
-    genes count, a mask (genes,)."""
-    if conditions := study.conditions_of.get(goal_targets(args)):
+    """The change from the cells predicted from to the mean of those that --towards names, over the genes that
+    count; these, a mask (genes,); and the set of targets, None for cells from a file."""
+    targets = None
+    with contextlib.suppress(ValueError):  # the name of a file
+        notations = label_notations(set(study.screen.genes), args)
+        targets = frozenset(parse_perturbation(args.towards, notations))
+    if targets == frozenset():
+        sys.exit(f"error: --towards {args.towards}: no perturbation")
+    if conditions := study.conditions_of.get(targets):
         state = study.screen.mean[conditions].mean(0, dtype=np.float64)[study.kept]
-        return state - study.baseline, study.data.measured
+        counts = study.data.measured
+        return (state - study.baseline)[counts], counts, targets
     if not Path(args.towards).is_file():
         sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
     X, in_common = read_own_cells(Path(args.towards), args, study.screen)
     state = np.zeros(len(in_common))
     state[in_common] = np.asarray(X.mean(axis=0)).ravel()
-    return state[study.kept] - study.baseline, in_common[study.kept] & study.data.measured
-
-
-def goal_targets(args):
-    """The targets of the condition that --towards names, as a set."""
-    return frozenset(args.towards.split("+")) - {prepare.CONTROL}
+    counts = in_common[study.kept] & study.data.measured
+    return (state[study.kept] - study.baseline)[counts], counts, None
 
 
 def rank_towards(folder, study, args):
     """Rank the perturbations by how near they lead to --towards: write towards.csv and a figure, print the
     best. Distance: of the predicted state, relative to that without a perturbation."""
-    goal, counts = read_goal(study, args)
-    goal = goal[counts]
-    found = {of_model: [] for of_model in study.changes}
+    found = {model_name: [] for model_name in study.changes}
     for name in study.wanted:
-        for of_model, mean in mean_changes(study, name).items():
-            change = mean[counts]
-            distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
-            found[of_model].append((name, correlation(change, goal), distance))
+        for model_name, mean in mean_changes(study, name).items():
+            change = mean[study.goal_genes]
+            distance = float(np.linalg.norm(change - study.goal) / np.linalg.norm(study.goal))
+            found[model_name].append((name, float(pair_correlations([change, study.goal])[0]), distance))
 
     rows = []
-    for of_model, ranked in found.items():
+    for model_name, ranked in list(found.items()):
+        if len({likeness for _, likeness, _ in ranked}) < min(2, len(study.wanted)):
+            print(f"{model_name}: not ranked, as it does not tell these perturbations apart")
+            del found[model_name]
+            continue
         ranked.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
-        rows += [(of_model, rank, *row) for rank, row in enumerate(ranked, 1)]
+        rows += [(model_name, rank, *row) for rank, row in enumerate(ranked, 1)]
         names = [name for name, *_ in ranked]
-        line = f"{of_model}: nearest to {args.towards} lead {', '.join(names[:5])}"
+        line = f"{model_name}: closest to {args.towards}: {', '.join(names[:5])}"
         for rank, name in enumerate(names, 1):
-            if frozenset(study.wanted[name]) == goal_targets(args):
+            if study.goal_targets == set(study.wanted[name]):
                 line += f"; {name} itself has rank {rank} of {len(names)}"
         print_wrapped(line)
+    if not found:
+        sys.exit(f"error: --towards {args.towards}: no model tells these perturbations apart")
     write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
 
     drawn = list(found)[:3]
     title = f"perturbations that lead towards {args.towards}{synthetic(study.data)}"
     figure = shared.new_figure(4 * len(drawn), 4, title)
-    for axes, of_model in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn):
-        best = found[of_model][:10]
+    for axes, model_name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
+        best = found[model_name][:10]
         axes.barh(range(len(best)), [likeness for _, likeness, _ in best], color=shared.COLORS[0])
         axes.set_yticks(range(len(best)), [name for name, *_ in best], fontsize=8)
         axes.invert_yaxis()
-        axes.set_title(of_model, fontsize="small")
+        axes.set_title(model_name, fontsize="small")
         axes.set_xlabel("Pearson of the changes")
     shared.save_figure(figure, folder / "towards.png")
 
@@ -1582,8 +1565,12 @@ def parse_arguments(words=None):
     args = parser.parse_args(None if words is None else list(map(str, words)))
     if args.towards and not args.predict:
         args.predict = ["all-singles"]
+    if words is not None and not args.predict:
+        sys.exit("error: predict() needs --predict or --towards")
+    if args.predict and args.external:
+        sys.exit("error: --external is for the evaluation, without --predict and --towards")
     if args.controls_from and not args.predict:
-        sys.exit("error: --controls-from says from which cells to --predict")
+        sys.exit("error: --controls-from needs --predict or --towards")
     for name in ("controls", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
@@ -1591,9 +1578,9 @@ def parse_arguments(words=None):
     return args
 
 
-def check_names(runs, embeddings, external):
+def check_names(runs, ridge_files, external):
     """End the run where two models would have the same name in the tables."""
-    others = [*BASELINES, CEILING, *(f"ridge_{source}" for source in embeddings)]
+    others = [*BASELINES, CEILING, *(f"ridge_{source}" for source in ridge_files)]
     others += [item.split("=")[0] for item in external]
     names = [f"{run.name}, seed {run.seed}" for run in runs] + others
     clash = [name for name in names if names.count(name) > 1]
@@ -1603,7 +1590,7 @@ def check_names(runs, embeddings, external):
                  "--external NAME=FILE.h5ad")
 
 
-def evaluate(args, data, runs, embeddings, machine):
+def evaluate(args, data, runs, ridge_files, machine):
     """Compare all models and baselines on the held-out conditions; write tables, figures and report."""
     results = args.root / "results" / args.dataset
     test = held_out(data)
@@ -1615,10 +1602,9 @@ def evaluate(args, data, runs, embeddings, machine):
           "control cells to predict from")
 
     # Mean profiles: (model, seed, predicted (P, G), true (P, G))
-    external = [(*read_external(item, data, test, args), test.true) for item in args.external]
+    external = [read_external(item, data, test, args) for item in args.external]  # its errors come early
     profiles = [(run.name, run.seed, predict_run(run, args, data, test, machine), test.true) for run in runs]
-    profiles += [(name, "", means, true) for name, means, true in external]
-    ridge_files = choose_ridge_files(embeddings)
+    profiles += external
     models = list(dict.fromkeys(name for name, *_ in profiles))
     outcome = compare(itertools.chain(profiles, all_baselines(data, test, ridge_files)), models, test)
     outcome.trained, outcome.runs, outcome.ridge_files = {run.name for run in runs}, runs, ridge_files
@@ -1631,15 +1617,15 @@ def evaluate(args, data, runs, embeddings, machine):
         write_measured_cells(results / "predictions" / "measured.cells.h5ad", data, test, args.force)
     label = args.dataset + synthetic(data)
     draw_split(results / "split.png", data, f"{label}: conditions of the split")
-    draw_bars(results / "subgroups.png", outcome, list(ordered_subgroups(test)), f"{label}: held-out "
+    draw_bars(results / "subgroups.png", outcome, list(test.groups), f"{label}: held-out "
               "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
     if best := best_model(outcome):
         draw_scatter(results / "scatter.png", best, outcome, profiles, test)
-    if runs:
-        draw_training(results / "training.png", runs, f"{label}: training")
+    if logged := [run for run in runs if run.path.with_name("log.csv").exists() and run.config]:
+        draw_training(results / "training.png", logged, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
 
-    print_table(outcome, [*outcome.models, "non-ctrl-mean", "no-change"], test, data)
+    print_table(outcome, test, data)
     print(f"report with all baselines, metrics and figures: {results / 'report.md'}")
     print_next(args, data, runs)
 
@@ -1659,25 +1645,27 @@ def print_next(args, data, runs):
 
 
 def set_up(args):
-    """What evaluation and prediction need: args, data, runs, embeddings, machine."""
+    """What evaluation and prediction need: args, data, runs, ridge_files, machine."""
     dataset_path = args.root / "data" / args.dataset / "dataset.h5"
     data = prepare.load_dataset(dataset_path, shared.command("03_prepare_data.py", args))
-    embeddings = training.find_embeddings(args.root, args.dataset)
+    # For the ridge regressions: published + concat where there is a choice, else lsa rather than lsa-64
+    ridge_files = {source: files.get(("published", "concat")) or files[min(files)]
+                   for source, files in training.find_embeddings(args.root, args.dataset).items()}
     runs = find_models(args)
-    check_names(runs, embeddings, args.external)
+    check_names(runs, ridge_files, args.external)
     device = training.choose_device(args.device)
     autocast, _ = training.mixed_precision(device)
     machine = SimpleNamespace(device=device, autocast=autocast, batch_size=args.batch_size)
     print("device: {}, {}".format(*training.describe_device(device)))
-    return args, data, runs, embeddings, machine
+    return args, data, runs, ridge_files, machine
 
 
 def main():
-    args, data, runs, embeddings, machine = set_up(parse_arguments())
+    args, data, runs, ridge_files, machine = set_up(parse_arguments())
     if args.predict:
-        predict_perturbations(args, data, runs, embeddings, machine)
+        predict_perturbations(args, data, runs, ridge_files, machine)
     else:
-        evaluate(args, data, runs, embeddings, machine)
+        evaluate(args, data, runs, ridge_files, machine)
 
 
 if __name__ == "__main__":

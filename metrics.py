@@ -1,7 +1,7 @@
 """Metrics of perturbation prediction on mean expression profiles. This file stands alone: it imports numpy
 only.
 
-    scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value a condition}
+    scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value per condition}
     scores |= evaluate_specific(pred, true, perturbed_mean)      # do predictions tell perturbations apart?
     ranks = retrieval_ranks(pred, true, ctrl)                    # which perturbation led to these cells?
     mean, half_width = interval95(values_of_seeds)
@@ -80,7 +80,7 @@ def retrieval_ranks(pred, true, ctrl):
 
 
 def _unit_rows(a):
-    """Rows minus their means, scaled to length 1; one that is constant becomes 0, like nothing else."""
+    """Rows minus their means, scaled to length 1; a constant one becomes 0, which correlates with nothing."""
     centred, norm = _centred(a, np.ones(a.shape, dtype=bool))
     return centred / np.where(norm > 0, norm, np.inf)[:, None]
 
@@ -111,7 +111,7 @@ def _mean(a, is_used):
 
 
 def interval95(values):
-    """Mean of `values` (n,), say one a seed, and the half width of its 95% confidence interval by Student's
+    """Mean of `values` (n,), say one per seed, and the half width of its 95% confidence interval by Student's
     t; the half width of a single value is NaN."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)

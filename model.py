@@ -28,7 +28,6 @@ ONNX (needs onnxscript), for any number of cells and genes, the arguments being 
 
 scGPT: Cui et al., Nature Methods 2024. scGenePT: Istrate, Li, Karaletsos, bioRxiv 2024, Eq. 1-8.
 """
-import os
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -104,7 +103,7 @@ class LanguageEncoder(nn.Module):
 
     def forward(self, rows, is_pad):  # (L,), (L,) -> (L, d)
         vectors = self.embedding(rows)
-        vectors = torch.where(is_pad.unsqueeze(-1), vectors.detach(), vectors)  # that of <pad> is not trained
+        vectors = torch.where(is_pad.unsqueeze(-1), vectors.detach(), vectors)  # <pad>'s is not trained
         return self.enc_norm(self.proj(F.normalize(vectors, dim=-1) if self.normalize else vectors))
 
 
@@ -125,7 +124,7 @@ class SelfAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3d)
         qkv = qkv.view(B, L, 3, self.n_heads, d // self.n_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, d/heads)
-        q, k, v = qkv.contiguous() if x.device.type == "cpu" else qkv  # a CPU is 5% faster so
+        q, k, v = qkv.contiguous() if x.device.type == "cpu" else qkv  # contiguous: 5% faster on a CPU
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, d))
 
@@ -151,12 +150,10 @@ class Encoder(nn.Module):
     """The stack of layers."""
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
+        self.layers = nn.Sequential(*(EncoderLayer(config) for _ in range(config.n_layers)))
 
     def forward(self, x):  # (B, L, d) -> (B, L, d)
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(x)
 
 
 class Decoder(nn.Module):
@@ -239,17 +236,16 @@ class ScGenePT(nn.Module):
 
         # What depends on the cell: (B, L, d)
         counts = self.value_encoder(expression) if self.value_encoder is not None else 0
-        no_vector, yes_vector = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
+        flag_off, flag_on = self.pert_encoder.weight[0], self.pert_encoder.weight[1]
         perturbed = perturbed.bool()
-        perturbation = torch.where(perturbed.unsqueeze(-1), yes_vector, no_vector)
+        perturbation = torch.where(perturbed.unsqueeze(-1), flag_on, flag_off)
         if self.config.target_by_text:
             is_withheld = perturbed & self.has_text[gene_ids]
             tokens = tokens * ~is_withheld.unsqueeze(-1)  # (B, L, d)
 
         if self.modality_weights is not None:
-            parts = [perturbation, counts, tokens, *language]
-            parts = [weight * part for weight, part in zip(self.modality_weights, parts)]
-            perturbation, counts, tokens, *language = parts
+            parts = zip(self.modality_weights, [perturbation, counts, tokens, *language])
+            perturbation, counts, tokens, *language = [weight * part for weight, part in parts]
         if self.language_transformer is None:
             h = self.transformer_encoder(self.normalized(perturbation + counts + tokens + sum(language)))
         else:
@@ -280,7 +276,7 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
     _check_inputs(model, gene_ids, control, perturbed_idx)
 
     n_values = 5_000 if device.type == "cpu" else 80_000
-    if device.type == "cuda":  # a layer holds 16 vectors of a gene, at most
+    if device.type == "cuda":  # a layer holds at most 16 vectors per gene
         n_values = min(n_values, torch.cuda.mem_get_info(device)[0] // (2 * 16 * 4 * model.config.d_model))
     batch_size = batch_size or max(1, n_values // max(1, len(gene_ids)))
     perturbed = torch.zeros(1, len(gene_ids), dtype=torch.bool)
@@ -318,16 +314,10 @@ def _check_inputs(model, gene_ids, control, perturbed_idx):
 # Files
 
 def save(model, path):
-    """Write config and weights of `model` to `path`, whole or not at all; `load` reads it."""
-    partial = f"{path}.{os.getpid()}.tmp"
+    """Write config and weights of `model` to `path`; `load` reads it."""
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    try:
-        with open(partial, "wb") as file:
-            torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, file)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with open(path, "wb") as file:  # so that a full disk is an OSError
+        torch.save({"format_version": 1, "config": asdict(model.config), "state": state}, file)
 
 
 def load(path):
@@ -375,7 +365,7 @@ def load_released(path, n_heads=8):
     file = _read(path)
     if {"config", "state"} <= file.keys():
         raise ValueError(f"{path}: a file of this kit, which `load` reads")
-    state, languages = {}, {}
+    state, tables = {}, []
     for key, value in _torch_names(file).items():
         module, _, rest = key.partition(".")
         if module == "cls_decoder":  # a head that no prediction reads
@@ -384,28 +374,21 @@ def load_released(path, n_heads=8):
             rest = rest.replace("proj_layer.", "proj.").replace("fc.", "proj.")
             key = f"language_encoders.{module}.{rest}"
             if rest == "embedding.weight":
-                languages[module] = _size(value, path, key)[1]
+                tables.append(key)
         state[key] = value
 
-    for key in ("pert_encoder.weight", "transformer_encoder.layers.0.linear1.weight"):
-        if key not in state:
-            raise ValueError(f"{path}: {key} is missing")
-    tables = ["encoder.embedding.weight"]
-    tables += [f"language_encoders.{name}.embedding.weight" for name in languages]
+    languages = {key.split(".")[1]: _shape(state, key, path)[1] for key in tables}
+    tables += [key for key in state if key == "encoder.embedding.weight"]
     # Without tokens and language no table tells the size of the vocabulary: it is scGPT's then
-    n_tokens = next((_size(state[key], path, key)[0] for key in tables if key in state), Config.n_tokens)
+    n_tokens = _shape(state, tables[-1], path)[0] if tables else Config.n_tokens
     layers = {key.split(".")[2] for key in state if key.startswith("transformer_encoder.layers.")}
-    first_layer = "transformer_encoder.layers.0.linear1.weight"
     config = Config(n_tokens=n_tokens, pad_id=n_tokens - 3, n_heads=n_heads, n_layers=len(layers),
-                    d_model=_size(state["pert_encoder.weight"], path, "pert_encoder.weight")[1],
-                    d_hid=_size(state[first_layer], path, first_layer)[0],
+                    d_model=_shape(state, "pert_encoder.weight", path)[1],
+                    d_hid=_shape(state, "transformer_encoder.layers.0.linear1.weight", path)[0],
                     has_tokens="encoder.embedding.weight" in state,
                     has_counts=any(key.startswith("value_encoder.") for key in state),
                     languages=languages, n_language_rows=n_tokens if languages else 0)
-    try:
-        model = ScGenePT(config)
-    except ValueError as error:  # a number of heads that does not fit
-        raise ValueError(f"{path}: {error}") from None
+    model = ScGenePT(config)
     if languages:
         state["language_rows"] = torch.arange(n_tokens)
     _load_strictly(model, state, path)
@@ -429,20 +412,17 @@ def _read(path):
 def _torch_names(state):
     """Keys as PyTorch's own layer has them; files written with flash-attention name the same attention
     weights Wqkv."""
-    renamed = {}
-    for key, value in state.items():
-        key = key.replace("self_attn._impl.", "self_attn.")
-        key = key.replace("self_attn.Wqkv.weight", "self_attn.in_proj_weight")
-        key = key.replace("self_attn.Wqkv.bias", "self_attn.in_proj_bias")
-        renamed[key] = value
-    return renamed
+    return {key.replace("self_attn._impl.", "self_attn.")
+               .replace("self_attn.Wqkv.", "self_attn.in_proj_"): value for key, value in state.items()}
 
 
-def _size(tensor, path, key):
-    """The shape of a matrix."""
-    if not torch.is_tensor(tensor) or tensor.ndim != 2:
+def _shape(state, key, path):
+    """The shape of a matrix among the weights."""
+    if key not in state:
+        raise ValueError(f"{path}: {key} is missing")
+    if not torch.is_tensor(state[key]) or state[key].ndim != 2:
         raise ValueError(f"{path}: {key} is not a matrix")
-    return tensor.shape
+    return state[key].shape
 
 
 @torch.no_grad()

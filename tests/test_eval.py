@@ -577,7 +577,7 @@ def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(results
         assert set(study.cells) == ({(name, "scgpt") for name in study.wanted} if keeps else set())
 
 
-def test_an_interrupted_list_goes_on_where_it_was(results, root):
+def test_an_interrupted_list_goes_on_where_it_was(results, evaluation, root):
     command = [sys.executable, KIT / "05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 40,
                "--batch-size", 1, "--root", root]
     folder = root / "results/demo/predicted/last"
@@ -590,10 +590,15 @@ def test_an_interrupted_list_goes_on_where_it_was(results, root):
     n_done = np.load(parts[0], mmap_mode="r").any(2).sum()
     changes = np.load(parts[0], mmap_mode="r+")
     changes[0, 5] = 7  # whatever stands there is taken over
+    changes[0, 6, 64:] = 0  # but for a row of which a part never reached the disk
+    run_script("05_eval.py", "--predict", "DEMO001", "--run", "scgpt", root=root)  # another call in between
     run_script("05_eval.py", *command[2:-2], root=root)
     assert 30 <= n_done < 258 and not list(folder.glob(".*.npy"))
     rows = {row["condition"]: float(row["effect_rms"]) for row in read_csv(folder / "predicted.csv")}
     assert len(rows) == 128 and rows[results.data.genes[4]] > 3 and sorted(rows.values())[-2] < 3
+    again = evaluation.predict("--root", root, *command[2:-2])
+    delta = again["delta"][again["condition"] == results.data.genes[5]]
+    assert rows[results.data.genes[5]] == pytest.approx(np.sqrt((delta ** 2).mean(1)).mean(), abs=1e-5)
 
 
 def test_a_lower_case_gene_is_told_its_own_name(root):
@@ -674,19 +679,35 @@ def test_own_cells_are_predicted_from_over_the_genes_in_common(results, evaluati
     genes = [*results.data.genes[:100], "DEMO120"]
     assert found["genes"].tolist() == [gene for gene in results.data.genes if gene in genes]
     column = found["genes"].tolist().index("DEMO050")
-    expected = own_cells.log[:, own_cells.genes.index("DEMO050")].mean()  # 500 draws of 40 cells
+    counts = np.expm1(own_cells.log)
+    screen = np.expm1(results.data.X[results.data.ctrl_cells].toarray())[:, :100].sum(1)
+    counts *= np.median(screen) / np.median(counts[:, :100].sum(1))  # over the genes in common
+    expected = np.log1p(counts[:, own_cells.genes.index("DEMO050")]).mean()  # 500 draws of 40 cells
     assert found["control"][column] == pytest.approx(expected, abs=0.1)
     assert found["control"][found["genes"].tolist().index("DEMO120")] == 0
 
 
-def test_own_cells_on_another_scale_are_brought_to_the_datasets(results, evaluation, root):
+@pytest.mark.parametrize("factor", [0.7, 1.3, 30])
+def test_own_cells_on_another_scale_are_brought_to_the_datasets(results, evaluation, root, factor):
     data = results.data
     log = data.X[data.ctrl_cells].toarray()
     path = root / "own.h5ad"
-    results.prepare.write_h5ad(path, "{}", np.log1p(np.expm1(log) * 30), {"condition": ["a"] * len(log)}, data.genes, "")
+    results.prepare.write_h5ad(path, "{}", np.log1p(np.expm1(log) * factor), {"condition": ["a"] * len(log)}, data.genes, "")
     own = evaluation.read_own_cells(path, SimpleNamespace(root=root, dataset="demo", layer=None, gene_key=None,
                                                           upper_case=False, normalize=False), data)
     np.testing.assert_allclose(own[0].toarray(), log, atol=1e-4)
+
+
+def test_the_first_of_two_genes_of_one_symbol_is_taken(results, evaluation, root):
+    data, genes = results.data, results.data.genes.copy()
+    genes[50] = genes[3]  # a second one
+    log = data.X[data.ctrl_cells].toarray()
+    path = root / "own.h5ad"
+    results.prepare.write_h5ad(path, "{}", log, {"condition": ["a"] * len(log)}, genes, "")
+    X, in_common = evaluation.read_own_cells(path, SimpleNamespace(
+        root=root, dataset="demo", layer=None, gene_key=None, upper_case=False, normalize=False), data)
+    assert in_common.tolist() == [i != 50 for i in range(128)]
+    np.testing.assert_array_equal(X[:, 3].toarray().ravel(), log[:, 3])
 
 
 def test_own_cells_without_a_gene_in_common_are_refused(root, own_cells, results):
@@ -717,9 +738,42 @@ def test_perturbations_are_ranked_by_how_near_they_lead(results, evaluation, roo
     assert f"{gene} itself has rank {rank} of 128" in " ".join(done.stdout.split())
 
 
-def test_a_goal_that_is_nothing_known_is_one_line(root):
-    error = error_of("05_eval.py", "--towards", "NOWHERE", "--run", "scgpt", root=root)
-    assert "--towards NOWHERE: neither a condition of the dataset nor a file" in error
+@pytest.mark.parametrize("goal, message", [
+    ("NOWHERE", "neither a condition of the dataset nor a file"),
+    ("ctrl", "no perturbation"),
+    ("empty.h5ad", "an empty file")])
+def test_a_wrong_goal_is_one_line_before_anything_is_predicted(root, goal, message):
+    (root / "empty.h5ad").touch()
+    folder = root / "results/demo/predicted/last"
+    folder.mkdir(parents=True)
+    (folder / "towards.csv").write_text("of an earlier call")
+    error = error_of("05_eval.py", "--towards", root / goal if "." in goal else goal, "--run", "scgpt", root=root)
+    assert message in error and goal in error
+    assert [path.name for path in folder.iterdir()] == ["towards.csv"]
+
+
+def test_a_goal_may_be_written_as_other_conditions_are(results, root):
+    pair = results.data.genes[results.data.targets[results.data.targets[:, 1] >= 0][0]]
+    done = run_script("05_eval.py", "--towards", "_".join(pair), "--run", "additive", "--predict", *pair, root=root)
+    assert f"closest to {'_'.join(pair)}" in done.stdout
+
+
+def test_what_predicts_the_same_for_all_is_not_ranked(root):
+    done = run_script("05_eval.py", "--towards", "DEMO005", "--run", "ridge_go_c", "non-ctrl-mean", root=root)
+    assert "non-ctrl-mean: not ranked, as it does not tell these perturbations apart" in done.stdout
+    rows = read_csv(root / "results/demo/predicted/last/towards.csv")
+    assert {row["model"] for row in rows} == {"ridge_go_c"}
+    error = error_of("05_eval.py", "--towards", "DEMO005", "--run", "non-ctrl-mean", root=root)
+    assert "no model tells these perturbations apart" in error
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--predict", "list.txt"], "--predict list.txt: no perturbation in it"),
+    (["--predict", "DEMO001", "--external", "X=x.h5ad"], "--external is for the evaluation")])
+def test_a_call_that_asks_for_nothing_is_one_line(root, monkeypatch, words, message):
+    monkeypatch.chdir(root)
+    (root / "list.txt").write_text("# nothing yet\n")
+    assert message in error_of("05_eval.py", *words, root=root)
 
 
 def test_large_and_disputed_effects_have_priority(predicted):
