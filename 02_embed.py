@@ -169,7 +169,8 @@ def choose_rank(matrix, values):
     is_chance = values[1:] <= CHANCE_MARGIN * by_chance[1:]
     n_above_chance = 1 + int(np.append(is_chance, True).argmax())
     rank = min(max(n_above_chance, LSA_MIN_DIM), len(values))
-    print(f"lsa: {rank} dimensions ({n_above_chance} of {len(values)} tell more than noise; --dim N takes N)")
+    print(f"lsa: vectors of {rank} numbers ({n_above_chance} of {len(values)} directions rise above noise; "
+          f"the least is {LSA_MIN_DIM}; --dim N takes N)")
     return rank
 
 
@@ -537,10 +538,10 @@ def draw(path, title, vectors, labels, legend):
             figure.legend(title=legend, loc="outside right upper", fontsize=8)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     shared.save_figure(figure, path)
-    way = "UMAP"
     if "component" in axis_names[0]:
-        way = f"PCA (UMAP needs umap-learn and {UMAP_MIN_POINTS} genes)"
-    print(f"{path}: projection by {way}")
+        print(f"{path}: projected by PCA (UMAP needs umap-learn installed, and {UMAP_MIN_POINTS} genes)")
+    else:
+        print(f"{path}: projected by UMAP")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1163,8 +1163,9 @@ def print_summary(args, cells, genes, split, subgroup, vocab):
 def warn_of_targets(genes, targets, args):
     """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
     measured = set(genes.names[genes.measured])
-    first_words = {target: re.split(r"[^A-Za-z0-9.]", target)[0] for target in genes.unmeasured}
-    odd = [target for target, word in first_words.items() if word != target and word in measured]
+    ends_of_name = ("[^A-Za-z0-9.]", "[^A-Za-z0-9.-]")  # a hyphen may belong to it: HLA-A
+    odd = [target for target in genes.unmeasured
+           if any(re.split(end, target)[0] in measured for end in ends_of_name)]
     if odd:
         print(f"warning: {len(odd):,} targets are not genes, but begin with one ({shown(odd, 3)}): pairs "
               f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)

@@ -717,8 +717,8 @@ def train_run(run, config, plan, data, args, machine):
     config["n_parameters"] = sum(p.numel() for p in net.parameters())
     n_genes = min(config["genes_per_batch"], len(data.genes))
     config["cells_at_once"] = cells_at_once(net, n_genes, plan.settings, machine)
-    print(f"  {config['n_parameters']:,} parameters, {n_genes:,} genes a batch, {config['cells_at_once']} of "
-          f"its {config['batch_size']} cells at once")
+    print(f"  {config['n_parameters']:,} parameters; a batch: {config['batch_size']} cells x {n_genes:,} "
+          f"genes, {config['cells_at_once']} cells at once")
     if args.compile:
         torch.compiler.reset()  # otherwise the fourth kind of model in one command is not compiled
         net.compile()

@@ -59,7 +59,7 @@ import sys
 import textwrap
 import time
 import urllib.parse
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,23 +286,40 @@ def predict_run(run, args, data, test, machine):
     path = args.root / "results" / args.dataset / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
     made = shared.made_from({"controls": args.controls or "as cells", "seed": args.seed},
                             {"dataset.h5": test.fingerprint, "model": shared.checksum(run.path)})
-    outputs = [path, path.with_suffix(".cells.h5ad")] if args.cells else [path]
+    cells_path = path.with_suffix(".cells.h5ad")
+    outputs = [path, cells_path] if args.cells else [path]
     if not all(shared.is_current(output, made, args.force) for output in outputs):
         started = time.perf_counter()
         means, blocks = predict_means(run, data, test, machine, args.cells)
-        n_controls = [len(cells) for cells in test.controls]
-        obs = {"condition": test.names, "subgroup": test.subgroups, "model": [run.name] * len(means),
-               "seed": [run.seed] * len(means), "n_controls": n_controls}
-        prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes,
-                           describe(data, "predicted means"), test.ctrl)
+        write_means(path, made, run, means, data, test)
         if args.cells:
-            control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
-            labels = [prepare.CONTROL] * len(control) + list(np.repeat(test.names, n_controls))
-            write_cells(outputs[1], made, data, np.concatenate([control, *blocks]), labels, PREDICTED_CELLS,
-                        [run] * len(labels))
+            write_predicted_cells(cells_path, made, run, blocks, data, test)
         print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {path}")
     with shared.read_h5(path) as file:
         return file["X"][:]
+
+
+def write_means(path, made, run, means, data, test):
+    """Write a run's mean predicted profiles (P, genes) of the test conditions, over the measured genes."""
+    obs = {
+        "condition": test.names,
+        "subgroup": test.subgroups,
+        "model": [run.name] * len(means),
+        "seed": [run.seed] * len(means),
+        "n_controls": [len(cells) for cells in test.controls]}
+    what = describe(data, "predicted means")
+    prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes, what, test.ctrl)
+
+
+def write_predicted_cells(path, made, run, blocks, data, test):
+    """Write a run's predicted cells, blocks of (cells, G) in the order of the test conditions, below the
+    measured control cells."""
+    control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
+    labels = [prepare.CONTROL] * len(control)
+    for name, cells in zip(test.names, test.controls):
+        labels += [name] * len(cells)
+    X = np.concatenate([control, *blocks])
+    write_cells(path, made, data, X, labels, PREDICTED_CELLS, [run] * len(labels))
 
 
 def describe(data, what):
@@ -576,23 +593,23 @@ def compare(profiles, models, test):
     models and other methods `models` may be called best, as a namespace.
 
     rows, summary: see `score` and `summarize`; names: all that has scores; unranked: {model: why it is not
-    ranked}; found_first: {model: [share of the conditions whose own prediction is among the first 1, 5, 10
-    guesses of the reverse question]}, mean over seeds; models.
+    ranked}; found_first: {model: share of the conditions (3,) whose own prediction is among the first 1, 5,
+    10 guesses of the reverse question, mean over seeds}; models.
     """
     rows, shares = [], {}
     for name, seed, predicted, true in profiles:
         rows += score(name, seed, predicted, true, test)
         if np.isfinite(predicted).all() and np.isfinite(true).all():
-            ranks = metrics.retrieval_ranks(predicted, true, test.ctrl)
-            shares.setdefault(name, []).append([(ranks <= k).mean() for k in TOP_K])
+            found = metrics.found_among(predicted, true, test.ctrl, TOP_K)
+            shares.setdefault(name, []).append(found.mean(0))
     errors = by_condition(rows, "mse_all")
     unranked = {}
     for name in models:
         n_better = sum(error < errors["no-change"][condition] for condition, error in errors[name].items())
         if len(errors[name]) < len(test.rows):
-            unranked[name] = f"it has predictions of {len(errors[name])} of the {len(test.rows)} conditions"
+            unranked[name] = f"predictions of only {len(errors[name])} of the {len(test.rows)} conditions"
         elif n_better < len(test.rows) / 2:
-            unranked[name] = "its squared error is above that of no-change on most conditions"
+            unranked[name] = "MSE over all genes above that of no-change on most conditions"
     found_first = {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
     return SimpleNamespace(rows=rows, summary=summarize(rows), names=list(errors), models=models,
                            unranked=unranked, found_first=found_first)
@@ -669,10 +686,19 @@ def best_model(outcome):
     return max(ranked, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
 
 
+def best_baseline(outcome):
+    """The baseline with the highest main metric."""
+    baselines = [name for name in outcome.names if name not in outcome.models and name != CEILING]
+    return max(baselines, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0])
+
+
 def verdict(outcome):
     """What came out: a few sentences, and a table of the best model beside its rivals (Markdown)."""
     summary, best = outcome.summary, best_model(outcome)
-    reasons = "".join(f" {name} is not ranked: {why}." for name, why in outcome.unranked.items())
+    reasons = ""
+    for reason in dict.fromkeys(outcome.unranked.values()):
+        names = [name for name, why in outcome.unranked.items() if why == reason]
+        reasons += f" Not ranked: {', '.join(names)} ({reason})."
     if best is None:
         return "No model is ranked: only baselines are compared." + reasons, ""
 
@@ -680,10 +706,9 @@ def verdict(outcome):
         return summary[name, "all", MAIN_METRIC][0]
 
     # The rivals, and in how many conditions the best model is better than each
-    baselines = [name for name in outcome.names if name not in outcome.models and name != CEILING]
     variant, *labels = best.split(",")
     shuffled = ",".join([f"{variant}-shuffled", *labels])
-    candidates = ["non-ctrl-mean", shuffled, "scgpt", max(baselines, key=main_value), "no-change"]
+    candidates = ["non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
     rivals = [name for name in dict.fromkeys(candidates) if name != best and name in outcome.names]
     values = by_condition(outcome.rows, MAIN_METRIC)
     table = []
@@ -699,6 +724,8 @@ def verdict(outcome):
     beats = "beats" if main_value(best) > main_value("non-ctrl-mean") else "does NOT beat"
     text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({table[0][1]}), {beats} the mean of "
             f"the training perturbations ({table[1][1]}).")
+    if summary[best, "all", "mse_top20"][0] > summary["non-ctrl-mean", "all", "mse_top20"][0]:
+        text += " Its squared error on these genes is larger, though."
     above = [name for name in rivals if main_value(name) >= main_value(best)]
     if above:
         text += f" It is not above {' and '.join(above)}."
@@ -785,12 +812,17 @@ def count_subgroups(subgroups):
 
 
 def print_table(outcome, test, data):
-    """Print the main metric, a row per model, with the intervals and subgroups that fit the terminal."""
+    """Print the main metric, a row per model, with the intervals and subgroups that fit the terminal.
+
+    Of the baselines beside models only the mean, the best and no-change; the report has all."""
     width = shutil.get_terminal_size().columns
+    names = outcome.names
+    if outcome.models:
+        names = dict.fromkeys([*outcome.models, "non-ctrl-mean", best_baseline(outcome), "no-change"])
     for shown_groups, n_values in ((test.groups, 2), (test.groups, 1), (["all"], 2)):
         header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in shown_groups)]
         rows = [["(conditions)", *(test.groups[group] for group in shown_groups)]]
-        for name in (*outcome.models, "non-ctrl-mean", "no-change"):
+        for name in names:
             values = [value_of(outcome.summary, name, group, MAIN_METRIC) for group in shown_groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
             rows.append([variant, *(number(*value[:n_values]) for value in values)])
@@ -881,15 +913,20 @@ def draw_scatter(path, name, outcome, profiles, test):
     order = sorted(range(len(test.names)), key=lambda i: -value_of_condition[test.names[i]])
     n, middle = len(order), len(order) // 2
     chosen = np.unique(np.r_[0:3, middle - 1:middle + 2, n - 3:n].clip(0, n - 1))
-    figure = shared.new_figure(9, 9, f"{name}: change of each gene, top 20 in colour; best, middle, worst")
-    for axes, place in zip(figure.subplots(3, 3).flat, chosen):
+    n_rows = math.ceil(len(chosen) / 3)
+    title = f"{name}: change of each gene, top 20 in colour\nbest, middle and worst predicted conditions"
+    figure = shared.new_figure(9, 0.8 + 2.8 * n_rows, title)
+    for axes, place in itertools.zip_longest(figure.subplots(n_rows, 3, squeeze=False).flat, chosen):
+        if place is None:
+            axes.set_axis_off()
+            continue
         i = order[place]
         x, y = test.true[i] - test.ctrl, predicted[i] - test.ctrl
         top = test.de_idx[i][test.de_idx[i] >= 0]
         axes.axline((0, 0), slope=1, color="black", lw=0.5)
         axes.scatter(x, y, s=4, color=shared.GREY)
         axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
-        axes.set_title(f"{test.names[i]}: {value_of_condition[test.names[i]]:.2f}", fontsize=9)
+        axes.set_title(f"{test.names[i]}: Pearson Δ {value_of_condition[test.names[i]]:.2f}", fontsize=9)
     figure.supxlabel("measured change")
     figure.supylabel("predicted change")
     shared.save_figure(figure, path)
@@ -1263,9 +1300,8 @@ def predict_perturbations(args, data, runs, ridge_files, machine):
         for old in folder.glob(pattern):
             old.unlink()
 
-    effects = sorted(effect_rows(study), key=lambda row: -row[3])
-    write_csv(folder / "predicted.csv", ("condition", "model", "n_seeds", "effect_rms", "interval",
-                                         "interaction_rms", "disagreement", "priority", "top_genes"), effects)
+    effects = sorted(find_effects(study), key=lambda effect: -effect.effect_rms)
+    write_csv(folder / "predicted.csv", Effect._fields, effects)
     write_csv(folder / "predicted_genes.csv", ("condition", "model", "gene", "control", "predicted", "delta",
                                                "interval", "measured_delta"), gene_rows(study))
     write_predicted(folder, study, args)
@@ -1276,15 +1312,50 @@ def predict_perturbations(args, data, runs, ridge_files, machine):
         draw_heatmap(folder / "heatmap.png", study)
     warn_of_likeness(study)
     if args.towards:
-        rank_towards(folder, study, args)
+        answers = rank_towards(study, args)
+        write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"),
+                  [(model_name, rank, *row) for model_name, ranked in answers.items()
+                   for rank, row in enumerate(ranked, 1)])
+        print_towards(answers, study, args)
+        draw_towards(folder / "towards.png", answers, study, args)
     else:
-        for name, model_name, _, size, *_, top in [row for row in effects if "-shuffled" not in row[1]][:10]:
-            print_wrapped(f"{name}: effect {size:.4f} by {model_name}; {' '.join(top.split()[:5])} ...")
+        print_effects(study, effects)
+    if runs and not args.run:
+        print("by the trained models; --run also takes baselines (matching-mean, additive, ridge_<source>): "
+              "report.md says which are best")
     stored = [changes.filename for changes in study.changes.values() if isinstance(changes, np.memmap)]
     study.changes.clear()
     for path in stored:
         Path(path).unlink()
-    print(f"values{' and figures' if study.has_figures else ''}: {folder}")
+    kept = "" if args.name != "last" else " (the next question overwrites it; --name NAME keeps it)"
+    print(f"values{' and figures' if study.has_figures else ''}: {folder}{kept}")
+
+
+def print_effects(study, effects):
+    """Print what each model predicts of a few perturbations; of a long list ten that nobody has measured."""
+    effects = [effect for effect in effects if "-shuffled" not in effect.model]
+    if len(study.wanted) <= MOST_FIGURES:
+        for name in study.wanted:
+            of_name = [effect for effect in effects if effect.condition == name]
+            if of_name:
+                measured = of_name[0].measured
+                print(f"{name}: {'not measured' if measured == 'no' else f'measured ({measured})'}")
+            for effect in of_name:
+                top = " ".join(effect.top_genes.split()[:5])
+                print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
+        return
+
+    new = [effect for effect in effects if effect.measured == "no"] or effects
+    order = "the size of the effect"
+    if any(effect.priority > 0 for effect in new):
+        order = "priority (size of the effect x disagreement of the models)"
+        new.sort(key=lambda effect: -np.nan_to_num(effect.priority))
+    print(f"{'not measured yet, ' * (new[0].measured == 'no')}by {order}:")
+    largest = {}  # {perturbation: its largest effect}, in this order
+    for effect in new:
+        largest.setdefault(effect.condition, effect)
+    for name, effect in list(largest.items())[:10]:
+        print(f"  {name}: effect {effect.effect_rms:.4f} by {effect.model}")
 
 
 def print_wrapped(line):
@@ -1305,10 +1376,14 @@ def pair_correlations(changes):
         return np.atleast_2d(np.corrcoef(changes))[np.triu_indices(len(changes), 1)]
 
 
-def effect_rows(study):
+Effect = namedtuple("Effect", ("condition", "model", "measured", "n_seeds", "effect_rms", "interval",
+                               "interaction_rms", "disagreement", "priority", "top_genes"))
+
+
+def find_effects(study):
     """Yield the rows of predicted.csv.
 
-    effect_rms: root mean square of the change over the measured genes. interaction_rms, for pairs: that of
+    measured: the part of the split that the perturbation is in, or `no`. effect_rms: root mean square of the change over the measured genes. interaction_rms, for pairs: that of
     what is left without the changes by the single targets, each less what is predicted for no perturbation.
     disagreement: 1 less the correlation of two models' changes, mean over the pairs of models; NaN for a
     single one. priority: mean effect_rms of the models, times disagreement: a large effect that they disagree
@@ -1323,6 +1398,8 @@ def effect_rows(study):
         means = mean_changes(study, name)
         if not means:
             continue
+        conditions = study.conditions_of.get(frozenset(genes))
+        part = study.screen.split[conditions[0]] if conditions else "no"
         effects = {model_name: metrics.interval95(rms(study.changes[model_name][:, study.row_of[name]]))
                    for model_name in means}  # {model: (effect_rms, interval)}
         rivals = [model_name for model_name in means if "-shuffled" not in model_name]
@@ -1340,8 +1417,8 @@ def effect_rows(study):
                 interaction = float(rms(change - of_nothing - alone).mean())
             top = most_changed(mean, study.data, 10)
             top = " ".join(f"{study.data.genes[g]}:{mean[g]:+.3f}" for g in top)
-            yield (name, model_name, len(change), *effects[model_name], interaction, disagreement, priority,
-                   top)
+            yield Effect(name, model_name, part, len(change), *effects[model_name], interaction, disagreement,
+                         priority, top)
 
 
 def gene_rows(study):
@@ -1418,7 +1495,7 @@ def draw_heatmap(path, study):
     image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     axes.set_xticks(range(len(genes)), study.data.genes[genes][columns], rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names[rows], fontsize=7)
-    figure.colorbar(image, label="log-normalized expression", shrink=0.8)
+    figure.colorbar(image, label="change of log-normalized expression", shrink=0.8)
     shared.save_figure(figure, path)
 
 
@@ -1492,45 +1569,53 @@ def read_goal(study, args):
     return (state[study.kept] - study.baseline)[counts], counts, None
 
 
-def rank_towards(folder, study, args):
-    """Rank the perturbations by how near they lead to --towards: write towards.csv and a figure, print the
-    best. Distance: of the predicted state, relative to that without a perturbation."""
-    found = {model_name: [] for model_name in study.changes}
+def rank_towards(study, args):
+    """The perturbations by how near each model says that they lead to --towards, the nearest first: {model:
+    [(perturbation, Pearson of its change and the wanted one, distance left), ...]}.
+
+    The distance is that of the predicted state from the wanted one, relative to that without a perturbation.
+    """
+    answers = {model_name: [] for model_name in study.changes}
     for name in study.wanted:
         for model_name, mean in mean_changes(study, name).items():
             change = mean[study.goal_genes]
             distance = float(np.linalg.norm(change - study.goal) / np.linalg.norm(study.goal))
-            found[model_name].append((name, float(pair_correlations([change, study.goal])[0]), distance))
+            answers[model_name].append((name, float(pair_correlations([change, study.goal])[0]), distance))
 
-    rows = []
-    for model_name, ranked in list(found.items()):
+    for model_name, ranked in list(answers.items()):
+        ranked.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
         if len({likeness for _, likeness, _ in ranked}) < min(2, len(study.wanted)):
             print(f"{model_name}: not ranked, as it does not tell these perturbations apart")
-            del found[model_name]
-            continue
-        ranked.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
-        rows += [(model_name, rank, *row) for rank, row in enumerate(ranked, 1)]
+            del answers[model_name]
+    if not answers:
+        sys.exit(f"error: --towards {args.towards}: no model tells these perturbations apart")
+    return answers
+
+
+def print_towards(answers, study, args):
+    """Print each model's five nearest, and the rank of the perturbation that --towards names."""
+    for model_name, ranked in answers.items():
         names = [name for name, *_ in ranked]
         line = f"{model_name}: closest to {args.towards}: {', '.join(names[:5])}"
         for rank, name in enumerate(names, 1):
             if study.goal_targets == set(study.wanted[name]):
                 line += f"; {name} itself has rank {rank} of {len(names)}"
         print_wrapped(line)
-    if not found:
-        sys.exit(f"error: --towards {args.towards}: no model tells these perturbations apart")
-    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
 
-    drawn = list(found)[:3]
+
+def draw_towards(path, answers, study, args):
+    """Draw the ten nearest of the first three models."""
+    drawn = list(answers)[:3]
     title = f"perturbations that lead towards {args.towards}{synthetic(study.data)}"
     figure = shared.new_figure(4 * len(drawn), 4, title)
     for axes, model_name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
-        best = found[model_name][:10]
+        best = answers[model_name][:10]
         axes.barh(range(len(best)), [likeness for _, likeness, _ in best], color=shared.COLORS[0])
         axes.set_yticks(range(len(best)), [name for name, *_ in best], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(model_name, fontsize="small")
         axes.set_xlabel("Pearson of the changes")
-    shared.save_figure(figure, folder / "towards.png")
+    shared.save_figure(figure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1635,10 +1720,12 @@ def print_next(args, data, runs):
     if not runs:
         own = SimpleNamespace(dataset=args.dataset, root=args.root,
                               vocab="none" if data.vocab == "own genes" else None)
-        print(f"next: {prepare.next_command(own)}")
-    elif args.dataset == "demo":
-        singles = data.genes[data.targets[data.subgroup == "unseen_single"][:2, 0]]
+        print(f"next, to train: {prepare.next_command(own)}")
+    unseen = [targets[0] for targets in targets_at(data, np.flatnonzero(data.subgroup == "unseen_single"))]
+    singles = data.genes[unseen[:2]]
+    if len(singles) == 2:
         print(f"next: {shared.command('05_eval.py', args, '--predict', *singles, '+'.join(singles))}")
+    if args.dataset == "demo" and runs:
         mine = SimpleNamespace(dataset="mine", root=args.root)
         words = ("--h5ad", "FILE.h5ad", "--condition-key", "COLUMN", "--control", "LABEL")
         print(f"next, with your own cells: {shared.command('03_prepare_data.py', mine, *words)}")

@@ -3,7 +3,7 @@ only.
 
     scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value per condition}
     scores |= evaluate_specific(pred, true, perturbed_mean)      # do predictions tell perturbations apart?
-    ranks = retrieval_ranks(pred, true, ctrl)                    # which perturbation led to these cells?
+    found = found_among(pred, true, ctrl, [1, 5, 10])            # which perturbation led to these cells?
     mean, half_width = interval95(values_of_seeds)
 
 Sources: MSE, Pearson and Pearson delta on all and on the top 20 differentially expressed genes are those of
@@ -65,18 +65,21 @@ def evaluate_specific(pred, true, perturbed_mean):
             "centroid_accuracy": farther}
 
 
-def retrieval_ranks(pred, true, ctrl):
-    """The reverse question, which perturbation led to these cells: for each condition the rank (P,), from 1
-    on, of its own prediction among all P, by the Pearson correlation of predicted with its measured change.
+def found_among(pred, true, ctrl, n_guesses):
+    """The reverse question, which perturbation led to these cells: whether a condition's own prediction is
+    among the first k of all P, by the Pearson correlation of predicted with measured change.
 
-    pred, true (P, G): mean expression of each condition; ctrl (G,). Ties share the mean rank.
+    pred, true (P, G): mean expression of each condition; ctrl (G,); n_guesses (n,): the values of k. Returns
+    (P, n): 1 or 0, or the chance of it where others correlate as well; so one prediction for all conditions
+    is found as often as by chance, k / P.
     """
     predicted, measured = (_unit_rows(np.asarray(profiles, np.float64) - ctrl) for profiles in (pred, true))
     likeness = measured @ predicted.T  # (P, P), row: measured change, column: prediction
     own = np.diag(likeness)[:, None]
     is_tie = np.isclose(likeness, own, rtol=0, atol=1e-9)
-    n_above = (~is_tie & (likeness > own)).sum(1)
-    return 1 + n_above + (is_tie.sum(1) - 1) / 2
+    n_above = (~is_tie & (likeness > own)).sum(1, keepdims=True)
+    n_ties = is_tie.sum(1, keepdims=True)  # itself among them
+    return ((np.asarray(n_guesses) - n_above) / n_ties).clip(0, 1)
 
 
 def _unit_rows(a):

@@ -210,7 +210,7 @@ def test_the_rank_is_the_number_of_processes_but_ten_at_least(capsys, n_genes, n
 
 def test_texts_that_tell_nothing_get_the_least_rank(capsys):
     assert stage02.lsa(simulated_texts(500, 8, noise=1), np.ones(500)).shape == (500, 10)
-    assert "(1 of 256 tell more than noise" in capsys.readouterr().out
+    assert "(1 of 256 directions rise above noise" in capsys.readouterr().out
 
 
 def test_fewer_words_than_the_least_rank_give_what_there_is():
@@ -288,7 +288,7 @@ def test_umap_draws_where_it_is_installed_and_has_ten_points(monkeypatch, n_gene
 def test_three_genes_get_a_figure_by_pca(tmp_path):
     write_texts(tmp_path, {"A": "iron transport", "B": "iron binding", "C": "zinc binding"})
     out = embed("--dataset", "mine", "--source", "own", "--embedder", "lsa", root=tmp_path)
-    assert "own.lsa.concat.png: projection by PCA (UMAP needs umap-learn and 10 genes)" in out
+    assert "own.lsa.concat.png: projected by PCA (UMAP needs umap-learn installed, and 10 genes)" in out
     assert (tmp_path / "data/human/embeddings/own.lsa.concat.png").exists()
 
 

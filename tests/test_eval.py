@@ -229,7 +229,8 @@ def test_without_trained_runs_the_baselines_are_compared_and_training_comes_next
     done = run_script("05_eval.py", root=root)
     assert {row["model"] for row in read_csv(root / "results/demo/summary.csv")} >= set(BASELINES)
     assert "only baselines are compared" in done.stdout
-    assert f"next: python 04_train.py --root {root}" in done.stdout
+    assert f"next, to train: python 04_train.py --root {root}" in done.stdout
+    assert "next: python 05_eval.py --predict DEMO" in done.stdout
 
 
 # --- which models
@@ -388,7 +389,7 @@ def test_a_method_that_lacks_conditions_is_not_ranked(results, root):
     options = ("--run", "scgpt", "--controls", 2, "--external", f"other={path}")
     done = run_script("05_eval.py", *options, root=root)
     words = " ".join(done.stdout.split())
-    assert "other is not ranked: it has predictions of 20 of the 46 conditions" in words
+    assert "Not ranked: other (predictions of only 20 of the 46 conditions)" in words
     assert "best model, other" not in words
 
 
@@ -405,7 +406,7 @@ def test_a_method_worse_than_no_change_on_most_conditions_is_not_called_best(res
     report = (root / "results/demo/report.md").read_text(encoding="utf-8")
     for text in (report, " ".join(done.stdout.split())):
         assert "the best model, scgpt (" in text
-        assert "loud is not ranked: its squared error is above that of no-change on most conditions." in text
+        assert "Not ranked: loud (MSE over all genes above that of no-change on most conditions)." in text
     marked = [line for line in report.splitlines() if line.startswith("| loud ") and "*" in line]
     assert not marked
 
@@ -562,9 +563,16 @@ def test_predict_again_leaves_no_figure_of_the_call_before(root):
 
 
 def test_all_singles_are_all_genes_without_a_figure_each_or_cells(results, root):
-    run_script("05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 1, root=root)
+    done = run_script("05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 1, root=root)
     folder = root / "results/demo/predicted/last"
-    assert {row["condition"] for row in read_csv(folder / "predicted.csv")} == set(results.data.genes)
+    rows = read_csv(folder / "predicted.csv")
+    assert {row["condition"] for row in rows} == set(results.data.genes)
+    part_of = dict(zip(results.data.conditions, results.data.split))
+    for row in rows:
+        assert row["measured"] == part_of.get(f"{row['condition']}+ctrl", "no")
+    new = [row["condition"] for row in rows if row["measured"] == "no"]  # the largest effect first
+    printed = [line.split(":")[0].strip() for line in done.stdout.splitlines() if ": effect " in line]
+    assert printed == new[:10] and "not measured yet, by the size of the effect:" in done.stdout
     assert {path.name for path in folder.iterdir()} == {
         "predicted.csv", "predicted_genes.csv", "predicted.h5ad", "heatmap.png"}
 
@@ -916,7 +924,10 @@ def test_the_table_has_a_row_a_model_and_a_column_a_subgroup(results):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[0] == ["model", "unseen single", "seen1", "seen2", "all"]
     assert cells[2] == ["(conditions)", "24", "16", "6", "46"]
-    assert [row[0] for row in cells[3:]] == ["scgpt", "scgenept_go_c", "non-ctrl-mean", "no-change"]
+    value = {row["model"]: float(row["mean"]) for row in results.summary
+             if (row["subgroup"], row["metric"]) == ("all", "pearson_delta_top20")}
+    best = max(value.keys() - {"scgpt", "scgenept_go_c", "data-ceiling"}, key=value.get)
+    assert [row[0] for row in cells[3:]] == ["scgpt", "scgenept_go_c", "non-ctrl-mean", best, "no-change"]
     assert "SYNTHETIC" in results.output
 
 

@@ -82,19 +82,22 @@ def test_specific_scores_tell_a_perfect_prediction_from_one_that_is_the_same_for
     assert np.isnan(metrics.evaluate_specific(true[:1], true[:1], reference)["centroid_accuracy"]).all()  # nothing to tell it apart from
 
 
-def test_ranks_of_the_reverse_question_are_those_of_a_plain_loop():
+def test_the_reverse_question_is_answered_as_by_guessing_in_order_with_ties_drawn_at_random():
     rng = np.random.default_rng(5)
     predicted, true, ctrl = rng.normal(size=(7, 30)), rng.normal(size=(7, 30)), rng.normal(size=30)
     predicted[2] = predicted[4]  # a tie
-    ranks = metrics.retrieval_ranks(predicted, true, ctrl)
+    found = metrics.found_among(predicted, true, ctrl, [1, 2, 5])
     for i in range(7):
-        likeness = [np.corrcoef(guess - ctrl, true[i] - ctrl)[0, 1] for guess in predicted]
-        above = sum(value > likeness[i] + 1e-9 for value in likeness)
-        ties = sum(abs(value - likeness[i]) <= 1e-9 for value in likeness) - 1
-        assert ranks[i] == 1 + above + ties / 2
+        likeness = [round(np.corrcoef(guess - ctrl, true[i] - ctrl)[0, 1], 9) for guess in predicted]
+        for column, k in enumerate([1, 2, 5]):
+            share = 0
+            for _ in range(2000):
+                order = sorted(range(7), key=lambda j: (-likeness[j], rng.random()))
+                share += (i in order[:k]) / 2000
+            assert found[i, column] == pytest.approx(share, abs=0.06)
 
 
-def test_a_prediction_that_is_the_same_for_all_finds_nothing():
+def test_one_prediction_for_all_is_found_as_often_as_by_chance():
     true = np.random.default_rng(6).normal(size=(9, 20))
-    ranks = metrics.retrieval_ranks(np.tile(true[0], (9, 1)), true, np.zeros(20))
-    assert (ranks == 5).all()
+    found = metrics.found_among(np.tile(true[0], (9, 1)), true, np.zeros(20), [1, 3, 9, 20])
+    np.testing.assert_allclose(found, np.tile([1 / 9, 3 / 9, 1, 1], (9, 1)))

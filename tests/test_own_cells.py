@@ -430,6 +430,13 @@ def test_targets_that_look_like_pairs_or_guides_are_pointed_out(tmp_path, label,
     assert "warning" in done.stderr and label in done.stderr and advice in done.stderr
 
 
+def test_a_pair_whose_first_gene_has_a_hyphen_is_pointed_out(tmp_path):
+    genes = ["HLA-A", *GENES[1:]]
+    labels = [label.replace("GENE0+", "HLA-A+") for label in LABELS[:-5]] + ["HLA-A_GENE1"] * 5
+    done, _ = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes))
+    assert "1 targets are not genes, but begin with one (HLA-A_GENE1)" in done.stderr and "--separator" in done.stderr
+
+
 def test_a_target_regex_that_matches_no_label_is_an_error(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS[:-5] + ["GENE1-sg2"] * 5, GENES)
     assert "'(.+)_g[0-9]+' matches no label, such as" in error(tmp_path, path, "--target-regex", "(.+)_g[0-9]+")
