@@ -586,7 +586,7 @@ def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(results
 
 
 def test_an_interrupted_list_goes_on_where_it_was(results, evaluation, root):
-    command = [sys.executable, KIT / "05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 40,
+    command = [sys.executable, KIT / "05_eval.py", "--predict", "all-singles", "--run", "scgpt", "--controls", 15,
                "--batch-size", 1, "--root", root]
     folder = root / "results/demo/predicted/last"
     process = subprocess.Popen(list(map(str, command)))
