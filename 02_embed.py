@@ -9,7 +9,8 @@
     python 02_embed.py --dataset norman --source names --embedder openai --model meta-llama/Llama-3.1-8B \\
                        --base-url http://localhost:8000/v1          vLLM, Ollama, llama.cpp, TEI, ...
 
-A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection.
+A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection, by
+UMAP if umap-learn is installed, else by PCA.
 With --dim N, the file's name and stage 04 call the embedder <embedder>-N.
 Modes: `concat` embeds one text per gene; `avg` embeds each GO term and averages them per gene.
 Embedders: `published`, the vectors that the authors released; `openai`, a server with OpenAI's embeddings API
@@ -55,7 +56,7 @@ PUBLISHED = {  # (source, mode): a pickle of the bucket, or a member of GenePT's
 }
 
 OPENAI_URL = "https://api.openai.com/v1"
-MAX_INPUTS, MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 2048, 300_000, 8_191  # OpenAI's limits
+MAX_REQUEST_TOKENS, MAX_TEXT_TOKENS = 300_000, 8_191  # OpenAI's limits
 WINDOWS = {  # the longest text of other models, in tokens; the name without owner and :tag
     "all-MiniLM-L6-v2": 256, "all-mpnet-base-v2": 384, "bge-small-en-v1.5": 512, "bge-base-en-v1.5": 512,
     "bge-large-en-v1.5": 512, "mxbai-embed-large": 512, "mxbai-embed-large-v1": 512}
@@ -63,6 +64,9 @@ BYTES_PER_TOKEN = 4  # of English, for estimates
 MIN_BYTES_PER_TOKEN = 3  # cautious: gene symbols take more tokens than English
 TOO_LARGE = 400, 413, 422  # how servers refuse a request with too many texts, or with too long a text
 HOPELESS = b"too large", b"too long", b"insufficient_quota"  # in a 429 or 500: trying again cannot help
+ADVICE = {  # status: what to do
+    401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY",
+    404: "check --model, and --base-url, which usually ends in /v1"}
 PRICES = {  # dollars per million tokens
     "text-embedding-ada-002": 0.10, "text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13}
 PRICES_NOTED = "May 2026"
@@ -82,7 +86,7 @@ def read_texts(path, source, mode, made_by):
     """
     with shared.read_h5(path, made_by) as file:
         if source not in file:
-            there = ", ".join(shared.in_order(file))
+            there = shared.shown(shared.in_order(file))
             sys.exit(f"error: {path}: no source {source!r} in it (there are: {there}); run first: {made_by}")
         group = file[source]
         genes = group["genes"].asstr()[:]
@@ -93,34 +97,16 @@ def read_texts(path, source, mode, made_by):
         return genes, group["terms"].asstr()[:], group["term_offsets"][:]
 
 
-def cut_texts(texts, gene_of, max_tokens):
-    """Cut long texts in place, and add the cut ones to gene_of {text: gene}.
+def distinct_texts(genes, texts, offsets):
+    """The T distinct texts, a gene of each (T), and the sparse matrix (N, T) that averages their vectors.
 
-    A token is taken as MIN_BYTES_PER_TOKEN bytes of UTF-8: models split words differently, and the kit has
-    no tokenizer. So most texts are cut a little shorter than necessary.
+    Its row of a gene holds 1 / (number of the gene's texts) for each of them: a single 1 in the mode concat.
     """
-    max_bytes = max_tokens * MIN_BYTES_PER_TOKEN
-    genes = []
-    for i, text in enumerate(texts):
-        encoded = text.encode()
-        if len(encoded) > max_bytes:
-            texts[i] = encoded[:max_bytes].decode(errors="ignore")
-            gene_of[texts[i]] = gene_of[text]
-            genes.append(gene_of[text])
-    if genes:
-        print(f"--max-tokens {max_tokens}: {len(genes):,} of {len(texts):,} texts cut to {max_bytes:,} "
-              f"bytes: {shared.shown(genes)}")
-
-
-def distinct_texts(texts, offsets):
-    """The T distinct texts, and the sparse matrix (N, T) that takes their vectors to gene vectors.
-
-    A row of it holds 1 / (number of the gene's texts) for each of them: a single 1 in the mode concat.
-    """
-    distinct, text_idx = np.unique(texts, return_inverse=True)
+    distinct, first_idx, text_idx = np.unique(texts, return_index=True, return_inverse=True)
     n_texts = np.diff(offsets)
     shares = np.repeat(1 / n_texts, n_texts)
-    return distinct, scipy.sparse.csr_matrix((shares, text_idx, offsets), shape=(len(n_texts), len(distinct)))
+    average = scipy.sparse.csr_matrix((shares, text_idx, offsets), shape=(len(genes), len(distinct)))
+    return distinct, np.repeat(genes, n_texts)[first_idx], average
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -166,11 +152,11 @@ def choose_rank(matrix, values):
     shuffled = scipy.sparse.csc_matrix((columns.data, np.concatenate(rows), columns.indptr), matrix.shape)
     _, by_chance = leading_directions(shuffled.tocsr(), len(values))
     by_chance = np.pad(by_chance, (0, len(values) - len(by_chance)))
-    is_chance = values[1:] <= CHANCE_MARGIN * by_chance[1:]
-    n_above_chance = 1 + int(np.append(is_chance, True).argmax())
-    rank = min(max(n_above_chance, LSA_MIN_DIM), len(values))
+    n_above_chance = 1 + (values[1:] > CHANCE_MARGIN * by_chance[1:]).cumprod().sum()
+    least = min(LSA_MIN_DIM, len(values))
+    rank = max(n_above_chance, least)
     print(f"lsa: vectors of {rank} numbers ({n_above_chance} of {len(values)} directions rise above noise; "
-          f"the least is {LSA_MIN_DIM}; --dim N takes N)")
+          f"at least {least} are kept; --dim N keeps N)")
     return rank
 
 
@@ -222,15 +208,22 @@ def leading_directions(matrix, k):
     return directions * np.sign(directions[largest, np.arange(k)]), values[:k]
 
 
-def principal_components(vectors, dim):
-    """Coordinates (N, dim) of vectors (N, d) along the directions in which they vary most (PCA)."""
+def principal_components(vectors, k):
+    """Coordinates (N, k) of vectors (N, d) along the directions in which they vary most, and the shares (k)
+    of the variance along each. Fewer than k where the vectors vary in fewer directions.
+    """
     centred = vectors - vectors.mean(axis=0)
-    directions, values = leading_directions(centred, dim)
-    if dim > len(values):
-        sys.exit(f"error: --dim {dim}: these vectors have only {len(values)} principal components")
-    share = (values ** 2).sum() / (centred ** 2).sum()
-    print(f"--dim {dim}: principal components with {share:.0%} of the variance")
-    return centred @ directions
+    directions, values = leading_directions(centred, k)
+    return centred @ directions, values ** 2 / (centred ** 2).sum()
+
+
+def shorten(vectors, dim):
+    """The leading `dim` principal components of vectors (N, d)."""
+    vectors, shares = principal_components(vectors, dim)
+    if dim > len(shares):
+        sys.exit(f"error: --dim {dim}: these vectors have only {len(shares)} principal components")
+    print(f"--dim {dim}: principal components with {shares.sum():.0%} of the variance")
+    return vectors
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -262,41 +255,27 @@ class VectorUnpickler(pickle._Unpickler):
 
 def read_pickle(path, member=None):
     """Genes (N) and vectors (N, d) float32 of a pickled dict gene -> vector, or of one in a zip archive."""
-    place = f"{path}: {member}" if member else str(path)
+    place = f"{path}: {member}" if member else path
     try:
         with open_member(path, member) if member else open(path, "rb") as file:
-            return stack_vectors(place, VectorUnpickler(file).load())
+            table = VectorUnpickler(file).load()
+        genes, vectors = list(table), np.array(list(table.values()), np.float32)
+        vectors = vectors.reshape(len(genes), -1)  # a vector may be a row (1, d)
     except Exception as error:  # a damaged pickle or archive can raise anything
-        reason = " ".join(str(error).split()) or "it ends too early"
-        sys.exit(f"error: {place}: not a whole file of vectors ({type(error).__name__}: {reason}); "
-                 "delete it and run again")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        sys.exit(f"error: {place}: not a whole file of vectors ({reason}); delete it and run again")
+    is_finite = np.isfinite(vectors).all(axis=1)
+    if not is_finite.all():
+        sys.exit(f"error: {place}: the vector of {genes[is_finite.argmin()]!r} holds something other than "
+                 "finite numbers")
+    return genes, vectors
 
 
 def open_member(path, name):
     """A member of a zip archive, by its name without folders (and without the dot after a released name)."""
     with zipfile.ZipFile(path) as archive:
         members = {os.path.basename(member).rstrip("."): member for member in archive.namelist()}
-        if name not in members:
-            sys.exit(f"error: {path}: no {name} in it; it holds {shared.shown(archive.namelist(), 20)}")
         return io.BufferedReader(archive.open(members[name]))  # stays open when the archive is closed
-
-
-def stack_vectors(place, table):
-    """Genes (N) and vectors (N, d) float32 of a dict gene -> d numbers, which is emptied on the way."""
-    if not isinstance(table, dict) or not table:
-        sys.exit(f"error: {place}: no dict of genes and vectors")
-    genes = list(table)
-    dim = np.size(table[genes[0]])
-    vectors = np.empty((len(genes), dim), np.float32)
-    for i, gene in enumerate(genes):
-        vector = np.ravel(table.pop(gene))
-        if len(vector) != dim or dim == 0:
-            sys.exit(f"error: {place}: {gene!r} has {len(vector)} numbers, {genes[0]!r} has {dim}")
-        with np.errstate(over="ignore"):  # what is too large for float32 is not finite
-            vectors[i] = vector
-        if not np.isfinite(vectors[i]).all():
-            sys.exit(f"error: {place}: the vector of {gene!r} holds something other than finite numbers")
-    return genes, vectors
 
 
 def fetch_published(source, mode, raw):
@@ -321,70 +300,84 @@ def key_of(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def server_vectors(texts, gene_of, args, cache):
-    """Vectors (T, d) float32 of T distinct texts; in a dry run only what they would cost is printed.
+def server_vectors(texts, genes, args, cache):
+    """Vectors (T, d) float32 of T texts; in a dry run only what they would cost is printed.
 
-    gene_of: {text: gene}, for messages.
+    genes: one (T) that has each text, for messages.
     """
-    wanted, vector_of = {key_of(text) for text in texts}, {}
+    texts = cut_texts(texts, genes, args.max_tokens)
+    gene_of, text_of = dict(zip(texts, genes)), {key_of(text): text for text in texts}
+    vector_of = {}
     for path in sorted(cache.glob("*.npz")):
         with np.load(path) as batch:
-            found = {key.tobytes(): vector for key, vector in zip(batch["keys"], batch["vectors"])}
-        vector_of |= {key: found[key] for key in found.keys() & wanted}
-    missing = [text for text in texts if key_of(text) not in vector_of]
+            found = dict(zip(map(bytes, batch["keys"]), batch["vectors"]))
+        vector_of |= {text_of[key]: found[key] for key in found.keys() & text_of.keys()}
+    missing = [text for text in gene_of if text not in vector_of]
 
     n_tokens = sum(math.ceil(len(text.encode()) / BYTES_PER_TOKEN) for text in missing)
     cost = f"no price known for {args.model}"
-    if args.model in PRICES:
-        dollars = n_tokens * PRICES[args.model] / 1e6
-        cost = f"about ${dollars:.4f} ({args.model}, price noted in {PRICES_NOTED})"
-    print(f"{len(texts):,} distinct texts, {len(texts) - len(missing):,} of them embedded before; "
+    if price := PRICES.get(args.model):
+        cost = f"about ${n_tokens * price / 1e6:.4f} ({args.model}, price noted in {PRICES_NOTED})"
+    print(f"{len(gene_of):,} distinct texts, {len(vector_of):,} of them embedded before; "
           f"to send: {len(missing):,} texts, about {n_tokens:,} tokens, {cost}")
     if args.dry_run:
         return None
     if missing:
         send(missing, gene_of, args, cache, vector_of)
-    return np.stack([vector_of[key_of(text)] for text in texts])
+    return np.stack([vector_of[text] for text in texts])
+
+
+def cut_texts(texts, genes, max_tokens):
+    """Texts (T) of genes (T), the long ones cut.
+
+    A token is taken as MIN_BYTES_PER_TOKEN bytes of UTF-8: models split words differently, and the kit has
+    no tokenizer. So most texts are cut a little shorter than necessary.
+    """
+    max_bytes = max_tokens * MIN_BYTES_PER_TOKEN
+    cut = [text.encode()[:max_bytes].decode(errors="ignore") for text in texts]
+    changed = genes[texts != cut]
+    if len(changed):
+        print(f"--max-tokens {max_tokens}: {len(changed):,} of {len(texts):,} texts cut to {max_bytes:,} "
+              f"bytes: {shared.shown(changed)}")
+    return cut
 
 
 def send(texts, gene_of, args, cache, vector_of):
-    """Embed texts, batch after batch, into the cache and into vector_of {key: vector (d)}.
+    """Embed texts, batch after batch, into the cache and into vector_of {text: vector (d)}.
 
     A busy server or a broken connection is tried again, a batch that is too large is halved. Ends the run in
     one line on anything else that the server refuses.
     """
     import openai  # here, since it takes a second and most runs do without
     client, url = connect(args), args.base_url  # connect ends the run without a usable key
-    batch_size, n_done = args.batch_size, 0
+    batch_size = args.batch_size
     progress = tqdm(total=len(texts), unit=" texts", disable=None)
-    while n_done < len(texts):
-        batch = first_batch(texts[n_done:], batch_size)
+    while texts:
+        batch = first_batch(texts, batch_size)
         try:
             vectors = ask(client, args, batch)
-        except openai.OpenAIError as error:
+        except openai.APIError as error:
             if is_too_large(error) and len(batch) > 1:
                 batch_size = len(batch) // 2
                 continue
             sys.exit(f"error: {url} {why_refused(error, args, client.api_key, gene_of[batch[0]])}")
         except (AttributeError, TypeError, ValueError) as error:
-            words = without_key(error, client.api_key)
-            sys.exit(f"error: {url}: no answer of the embeddings API ({words})")
+            sys.exit(f"error: {url}: no answer of the embeddings API ({error})")
         dim, dim_before = vectors.shape[1], len(next(iter(vector_of.values()), vectors[0]))
         if dim != dim_before:
             sys.exit(f"error: {url}: vectors of {dim} numbers, before it was {dim_before}; "
                      f"if the model has changed, delete {cache}")
 
-        keys = [key_of(text) for text in batch]
-        batch_name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
-        with shared.replacing(cache / f"{batch_name}.npz") as partial, open(partial, "wb") as file:
-            np.savez(file, keys=np.array([list(key) for key in keys], np.uint8), vectors=vectors)
-        vector_of.update(zip(keys, vectors))
-        n_done += len(batch)
+        keys = b"".join(key_of(text) for text in batch)
+        name = f"{hashlib.sha256(keys).hexdigest()}.npz"
+        with shared.replacing(cache / name) as partial, open(partial, "wb") as file:
+            np.savez(file, keys=np.frombuffer(keys, np.uint8).reshape(len(batch), -1), vectors=vectors)
+        vector_of.update(zip(batch, vectors))
+        texts = texts[len(batch):]
         progress.update(len(batch))
     progress.close()
     if batch_size < args.batch_size:
-        print(f"{url} refused larger requests: sent {batch_size} texts at a time (next time: "
-              f"--batch-size {batch_size})")
+        print(f"{url} refused larger requests; next time: --batch-size {batch_size}")
 
 
 def connect(args):
@@ -395,15 +388,15 @@ def connect(args):
         sys.exit("error: set the environment variable OPENAI_API_KEY, or name another server with --base-url")
     if not re.fullmatch(r"[!-~]*", api_key):  # the HTTP library would quote it in an error
         sys.exit("error: OPENAI_API_KEY holds blanks or letters that no key has")
-
-    def refuse_retry(response):
-        """Set the header by which a server tells the library not to try again."""
-        if response.is_error and any(words in response.read().lower() for words in HOPELESS):
-            response.headers["x-should-retry"] = "false"
-
     http_client = openai.DefaultHttpxClient(event_hooks={"response": [refuse_retry]})
     return openai.OpenAI(api_key=api_key or "none", base_url=args.base_url, max_retries=8,
                          timeout=600, http_client=http_client)  # seconds
+
+
+def refuse_retry(response):
+    """Set the header by which a server tells the library not to try again, where that cannot help."""
+    if response.is_error and any(words in response.read().lower() for words in HOPELESS):
+        response.headers["x-should-retry"] = "false"
 
 
 def first_batch(texts, batch_size):
@@ -420,15 +413,14 @@ def ask(client, args, batch):
     if [item.index for item in answer] != list(range(len(batch))):
         raise ValueError(f"{len(answer)} vectors for {len(batch)} texts")
     vectors = np.array([item.embedding for item in answer], np.float32)
-    if vectors.ndim != 2 or not vectors.shape[1] or not np.isfinite(vectors).all():
-        raise ValueError("vectors without numbers, or with some that are not finite")
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise ValueError("vectors with numbers that are not finite")
     return vectors
 
 
 def is_too_large(error):
     """Whether a request may pass in smaller pieces. error: openai's."""
-    is_said = "too large" in str(getattr(error, "body", "")).lower()
-    return is_said or getattr(error, "status_code", None) in TOO_LARGE
+    return "too large" in str(error.body).lower() or getattr(error, "status_code", None) in TOO_LARGE
 
 
 def why_refused(error, args, api_key, gene):
@@ -436,21 +428,15 @@ def why_refused(error, args, api_key, gene):
 
     error: openai's, for a batch that began with the text of `gene`.
     """
+    words = error.body.get("message", error.body) if isinstance(error.body, dict) else error.body
+    cause = without_key(words or error.__cause__ or error, api_key)
     status = getattr(error, "status_code", None)
-    if status in (401, 403):  # such answers quote parts of the key
-        return f"refuses the key ({status}); check OPENAI_API_KEY"
-    if status == 404:
-        return (f"knows no model {args.model!r} (404); check --model, and --base-url, which usually ends "
-                "in /v1")
-
-    body = getattr(error, "body", None)  # of the server's answer, if there was one
-    if isinstance(body, dict):
-        body = body.get("message", body)
-    words = without_key(body or error.__cause__ or error, api_key)
-    cause = f"status {status}: {words}" if status else words
+    if status:
+        cause = f"status {status}: {cause}"
     if is_too_large(error):
         return f"refuses the text of {gene} ({cause}); if too long: --max-tokens below {args.max_tokens}"
-    return f"did not embed the texts ({cause}); the same command goes on from what is already on disk"
+    advice = ADVICE.get(status, "the same command goes on from what is already on disk")
+    return f"did not embed the texts ({cause}); {advice}"
 
 
 def without_key(words, api_key):
@@ -470,14 +456,14 @@ def read_column(spec):
     rows = csv.DictReader(lines, delimiter="\t")
     if not {"gene", column} <= set(rows.fieldnames or ()):
         sys.exit(f"error: --color {spec}: expected FILE.tsv:COLUMN, tab-separated, columns gene and COLUMN")
-    return column, {row["gene"]: row[column] or "" for row in rows}
+    return column, {row["gene"]: row[column] for row in rows}
 
 
 def sample_vectors(path, most):
-    """At most `most` genes (n) of a file, drawn at random, their vectors (n, d), and how many it has."""
+    """At most `most` genes (n) of an embedding file, drawn at random, and their vectors (n, d)."""
     genes, vectors = read_embeddings(path)
     drawn = np.sort(np.random.default_rng(0).permutation(len(genes))[:most])
-    return genes[drawn], vectors[drawn], len(genes)
+    return genes[drawn], vectors[drawn]
 
 
 def project(vectors):
@@ -487,16 +473,14 @@ def project(vectors):
             import umap  # here, since it need not be installed, and takes seconds
             xy = umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
             return xy, ["UMAP 1", "UMAP 2"]
-    centred = vectors - vectors.mean(axis=0)
-    directions, values = leading_directions(centred, 2)
-    n_missing = 2 - len(values)  # of rank 1 or 0: the other coordinates are zero
-    xy = np.pad(centred @ directions, ((0, 0), (0, n_missing)))
-    shares = np.pad(values ** 2 / max((centred ** 2).sum(), 1e-30), (0, n_missing))
+    xy, shares = principal_components(vectors, 2)
+    n_missing = 2 - len(shares)  # of rank 1 or 0: the other coordinates are zero
+    xy, shares = np.pad(xy, ((0, 0), (0, n_missing))), np.pad(shares, (0, n_missing))
     return xy, [f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
 
 
 def as_numbers(labels):
-    """Labels as floats (n), NaN where there is none; None if they are words, or all missing."""
+    """Labels as floats (n), NaN for None; None if they are words, or all missing."""
     try:
         numbers = np.array([float(label or "nan") for label in labels])
     except ValueError:
@@ -509,50 +493,46 @@ def is_drawn(figure_path, paths):
     return figure_path.exists() and figure_path.stat().st_mtime >= max(p.stat().st_mtime for p in paths)
 
 
-def draw(path, title, vectors, labels, legend):
+def draw(path, note, vectors, labels, legend):
     """Draw the projection of vectors (n, d), coloured by n labels: numbers on a scale, words as groups.
 
-    The commonest groups have colours, the others are grey like points without a label.
+    The commonest groups have colours, the others are grey. A point without a label has None.
     """
     xy, axis_names = project(vectors)
-    figure = shared.new_figure(7, 5.5, title)
+    figure = shared.new_figure(7, 5.5, f"{note}{path.stem}: {len(labels):,} vectors")
     axes = figure.subplots()
     style = {"s": 8 if len(labels) > 1000 else 25, "linewidths": 0, "alpha": 0.6}
 
     numbers = as_numbers(labels)
     if numbers is not None:
-        is_known = np.isfinite(numbers)
-        axes.scatter(*xy[~is_known].T, color=shared.GREY, **style)
-        points = axes.scatter(*xy[is_known].T, c=numbers[is_known], cmap="viridis", **style)
+        points = axes.scatter(*xy.T, c=numbers, plotnonfinite=True, **style)
+        points.set_cmap(points.cmap.with_extremes(bad=shared.GREY))
         figure.colorbar(points, label=legend)
     else:
         commonest = Counter(filter(None, labels)).most_common(len(shared.COLORS))
         color_of = {group: color for (group, _), color in zip(commonest, shared.COLORS)}
-        other = [i for i, label in enumerate(labels) if label not in color_of]
-        axes.scatter(*xy[other].T, color=shared.GREY if color_of else shared.COLORS[0],
-                     label="other" if other else None, **style)
+        if color_of and set(labels) - set(color_of):
+            color_of["other"] = shared.GREY
+        rest = color_of.get("other", shared.COLORS[0])
+        axes.scatter(*xy.T, color=[color_of.get(label, rest) for label in labels], **style)
         for group, color in color_of.items():
-            in_group = [label == group for label in labels]
-            axes.scatter(*xy[in_group].T, color=color, label=group, **style)
+            axes.scatter([], [], color=color, label=group, **style)
         if color_of:
             figure.legend(title=legend, loc="outside right upper", fontsize=8)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     shared.save_figure(figure, path)
-    if "component" in axis_names[0]:
-        print(f"{path}: projected by PCA (UMAP needs umap-learn installed, and {UMAP_MIN_POINTS} genes)")
-    else:
-        print(f"{path}: projected by UMAP")
+    print(f"{path}: a figure of {len(labels):,} vectors")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The embedding file
 
-def write_embeddings(path, made, genes, vectors, **attributes):
+def write_embeddings(path, made, genes, vectors, attributes):
     """Write genes (N) and vectors (N, d) with their attributes."""
     with shared.write_h5(path, made) as file:
         shared.write_strings(file, "genes", genes)
         file["vectors"] = vectors.astype(np.float32, copy=False)
-        file.attrs.update(dim=vectors.shape[1], **attributes)
+        file.attrs.update(attributes | {"dim": vectors.shape[1]})
     print(f"{path}: {len(genes):,} vectors of {vectors.shape[1]:,} numbers")
 
 
@@ -576,9 +556,9 @@ def embed_published(args, source, embedder, path):
         return
     genes, vectors = read_pickle(released, member)
     if args.dim:
-        vectors = principal_components(vectors, args.dim)
-    origin = {"url": url, "sha256": shared.checksum(released)}
-    write_embeddings(path, made, genes, vectors, source=source, **options, **origin)
+        vectors = shorten(vectors, args.dim)
+    origin = {"source": source, "url": url, "sha256": shared.checksum(released)}
+    write_embeddings(path, made, genes, vectors, options | origin)
 
 
 def embed_texts(args, source, embedder, path):
@@ -588,74 +568,70 @@ def embed_texts(args, source, embedder, path):
     made_by = shared.command("01_fetch_annotations.py", args, *words)
     genes, texts, offsets = read_texts(annotations, source, args.mode, made_by)
 
-    server = {}
+    options = {"embedder": embedder, "mode": args.mode, "dim": args.dim}
     if args.embedder == "openai":
-        server = {"model": args.model, "base_url": args.base_url, "max_tokens": args.max_tokens}
-    options = {"embedder": embedder, "mode": args.mode, "dim": args.dim, **server}
+        options |= {"model": args.model, "base_url": args.base_url, "max_tokens": args.max_tokens}
     made = shared.made_from(options, {f"annotations.h5 {source}": shared.fingerprint(annotations, source)})
     if shared.is_current(path, made, args.force):
         return
 
-    gene_of = dict(zip(texts, np.repeat(genes, np.diff(offsets))))
-    if server:
-        cut_texts(texts, gene_of, args.max_tokens)
-    texts, average = distinct_texts(texts, offsets)
-    if server:
+    texts, owners, average = distinct_texts(genes, texts, offsets)
+    if args.embedder == "lsa":
+        vectors = average @ lsa(texts, np.bincount(average.indices), args.dim)
+    else:
         name = embedder if args.api_dim else model_name(args.model)  # whole vectors serve every --dim
-        url_hash = hashlib.sha256(args.base_url.encode()).hexdigest()
-        vectors = server_vectors(texts, gene_of, args, path.parent / ".cache" / f"{name}.{url_hash[:8]}")
+        cache = path.parent / ".cache" / f"{name}.{key_of(args.base_url).hex()[:8]}"
+        vectors = server_vectors(texts, owners, args, cache)
         if args.dry_run:
             return
-    else:
-        vectors = lsa(texts, np.bincount(average.indices), args.dim)
-    vectors = average @ vectors
-    if server and args.dim and not args.api_dim:
-        vectors = principal_components(vectors, args.dim)
-    about = {"source": source, "embedder": embedder, "mode": args.mode, **server}
-    write_embeddings(path, made, genes, vectors, **about)
+        vectors = average @ vectors
+        if args.dim and not args.api_dim:
+            vectors = shorten(vectors, args.dim)
+    write_embeddings(path, made, genes, vectors, options | {"source": source})
 
 
 # ----------------------------------------------------------------------------------------------------------
 
+def positive(text):
+    """A number of 1 or more on the command line (the type of an argparse option)."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
 def parse_arguments():
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
-    parser.add_argument("--source", nargs="+", metavar="NAME",
-                        help=f"{', '.join(shared.SOURCES)}, a name of your own, or with published genept, "
-                             "genept_protein (default: all there are on the demo, otherwise go_all)")
-    parser.add_argument("--embedder", choices=("published", "openai", "lsa"),
-                        help="(default: lsa on the demo, otherwise published)")
-    parser.add_argument("--mode", choices=("concat", "avg"), default="concat",
-                        help="embed one text a gene, or each GO term and take the mean (default: concat)")
-    parser.add_argument("--dim", type=int, metavar="N",
-                        help="vectors of N numbers: with lsa its rank (default: found from the texts), with "
-                             "text-embedding-3 what the server shortens them to, else principal components")
-    parser.add_argument("--color", metavar="FILE.tsv:COLUMN",
-                        help="colour the figure by a column of a tab-separated file with a column gene")
-    group = parser.add_argument_group("with --embedder openai")
-    group.add_argument("--model", default="text-embedding-ada-002", metavar="NAME",
-                       help="(default: text-embedding-ada-002)")
-    group.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI_URL, metavar="URL",
-                       help=f"the server (default: OPENAI_BASE_URL, or {OPENAI_URL})")
-    group.add_argument("--batch-size", type=int, default=512, metavar="N",
-                       help=f"most texts a request, up to {MAX_INPUTS}; some servers take few (default: 512)")
-    group.add_argument("--max-tokens", type=int, metavar="N",
-                       help="cut longer texts; a token is taken as 3 bytes (default: the model's "
-                            f"window where known, else {MAX_TEXT_TOKENS})")
-    group.add_argument("--dry-run", action="store_true",
-                       help="print texts, tokens and cost (estimates); send nothing")
+    add = parser.add_argument
+    add("--source", nargs="+", metavar="NAME",
+        help=f"{', '.join(shared.SOURCES)}, a name of your own, or with published genept, genept_protein "
+             "(default: all there are on the demo, otherwise go_all)")
+    add("--embedder", choices=("published", "openai", "lsa"),
+        help="(default: lsa on the demo, otherwise published)")
+    add("--mode", choices=("concat", "avg"), default="concat",
+        help="embed one text a gene, or each GO term and take the mean (default: concat)")
+    add("--dim", type=positive, metavar="N",
+        help="vectors of N numbers: with lsa its rank (default: found from the texts), with text-embedding-3 "
+             "what the server shortens them to, else principal components")
+    add("--color", metavar="FILE.tsv:COLUMN",
+        help="colour the figure by a column of a tab-separated file with a column gene")
+    add = parser.add_argument_group("with --embedder openai").add_argument
+    add("--model", default="text-embedding-ada-002", metavar="NAME",
+        help="(default: text-embedding-ada-002)")
+    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI_URL, metavar="URL",
+        help=f"the server (default: OPENAI_BASE_URL, or {OPENAI_URL})")
+    add("--batch-size", type=positive, default=512, metavar="N",
+        help="texts a request at most, fewer where the server refuses (default: 512)")
+    add("--max-tokens", type=positive, metavar="N",
+        help="cut longer texts; a token is taken as 3 bytes (default: the model's window where known, else "
+             f"{MAX_TEXT_TOKENS})")
+    add("--dry-run", action="store_true", help="print texts, tokens and cost (estimates); send nothing")
     args = parser.parse_args()
 
     args.base_url = args.base_url.rstrip("/")
     args.embedder = args.embedder or ("lsa" if args.dataset == "demo" else "published")
     args.api_dim = args.dim if "text-embedding-3" in args.model and args.embedder == "openai" else None
-    if args.dim is not None and args.dim < 1:
-        sys.exit(f"error: --dim {args.dim}: at least 1")
     if args.max_tokens is None:
         args.max_tokens = WINDOWS.get(os.path.basename(args.model).split(":")[0], MAX_TEXT_TOKENS)
-    if args.max_tokens < 1:
-        sys.exit(f"error: --max-tokens {args.max_tokens}: at least 1")
-    if not 1 <= args.batch_size <= MAX_INPUTS:
-        sys.exit(f"error: --batch-size {args.batch_size}: from 1 to {MAX_INPUTS}")
     if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", args.base_url):
         sys.exit("error: --base-url: expected http://host/v1 or https://host/v1, with no password in it")
     if args.embedder == "published" and args.dataset == "demo":
@@ -677,40 +653,35 @@ def default_sources(args, annotations):
 
 def main():
     args = parse_arguments()
-    space = shared.space_of(args.dataset)
-    folder = args.root / "data" / space / "embeddings"
+    folder = args.root / "data" / shared.space_of(args.dataset) / "embeddings"
     sources = args.source or default_sources(args, folder.parent / "annotations.h5")
     embedder = model_name(args.model) if args.embedder == "openai" else args.embedder
     embedder += f"-{args.dim}" if args.dim else ""
     paths = [folder / f"{source}.{embedder}.{args.mode}.h5" for source in sources]
     column, label_of = read_column(args.color) if args.color else ("", {})
-    note = "SYNTHETIC: invented genes\n" if space == "demo" else ""
 
-    # The vectors of each source, and a figure of them
     embed = embed_published if args.embedder == "published" else embed_texts
     for source, path in zip(sources, paths):
         embed(args, source, embedder, path)
-        if args.dry_run:
-            continue
+    if args.dry_run:
+        return
+
+    # A figure of each source, and one of all if they share a space: lsa and --dim give each its own
+    note = "SYNTHETIC: invented genes\n" if args.dataset == "demo" else ""
+    for path in paths:
         figure_path = path.with_suffix(".png")
         if args.color or not is_drawn(figure_path, [path]):
-            genes, vectors, n_all = sample_vectors(path, MAX_POINTS)
-            n_drawn = f"{len(genes):,}" + (f" of {n_all:,}" if len(genes) < n_all else "")
-            labels = [label_of.get(gene, "") for gene in genes]
-            title = f"{note}{source}, {embedder}, {args.mode}: {n_drawn} genes"
-            draw(figure_path, title, vectors, labels, column)
-
-    # All sources in one figure, where they share a space (with lsa each has its own)
+            genes, vectors = sample_vectors(path, MAX_POINTS)
+            draw(figure_path, note, vectors, [label_of.get(gene) for gene in genes], column)
     figure_path = folder / f"sources.{embedder}.{args.mode}.png"
-    if len(sources) > 1 and args.embedder != "lsa" and not args.dry_run and not is_drawn(figure_path, paths):
-        drawn = [sample_vectors(path, MAX_POINTS // len(sources))[1] for path in paths]
-        if len({vectors.shape[1] for vectors in drawn}) == 1:
-            labels = [source for source, vectors in zip(sources, drawn) for _ in vectors]
-            draw(figure_path, f"{note}{embedder}, {args.mode}", np.vstack(drawn), labels, "source")
+    share_space = args.embedder != "lsa" and args.dim == args.api_dim and "genept_protein" not in sources
+    if len(sources) > 1 and share_space and not is_drawn(figure_path, paths):
+        drawn = [sample_vectors(path, MAX_POINTS // len(paths))[1] for path in paths]
+        labels = np.repeat(sources, [len(vectors) for vectors in drawn])
+        draw(figure_path, note, np.vstack(drawn), labels, "source")
 
-    if not args.dry_run:
-        own_cells = [] if args.dataset in ("demo", *shared.HOSTED) else ["--h5ad", "FILE"]
-        print("next: " + shared.command("03_prepare_data.py", args, *own_cells))
+    own_cells = [] if args.dataset in ("demo", *shared.HOSTED) else ["--h5ad", "FILE"]
+    print("next: " + shared.command("03_prepare_data.py", args, *own_cells))
 
 
 if __name__ == "__main__":
