@@ -199,8 +199,7 @@ def leading_directions(matrix, k):
     for _ in range(6):
         basis, _ = np.linalg.qr(matrix.T @ (matrix @ basis))
     _, values, rotation = np.linalg.svd(matrix @ basis, full_matrices=False)
-    rank = int((values > 1e-6 * values[0]).sum())
-    k = min(k, rank)
+    k = min(k, (values > 1e-6 * values[0]).sum())
     directions = basis @ rotation[:k].T
 
     # Singular vectors are known up to their sign: make the largest entry of each positive
@@ -261,13 +260,12 @@ def read_pickle(path, member=None):
             table = VectorUnpickler(file).load()
         genes, vectors = list(table), np.array(list(table.values()), np.float32)
         vectors = vectors.reshape(len(genes), -1)  # a vector may be a row (1, d)
+        is_finite = np.isfinite(vectors).all(axis=1)
+        if not is_finite.all():
+            raise ValueError(f"{genes[is_finite.argmin()]!r} has numbers that are not finite")
     except Exception as error:  # a damaged pickle or archive can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         sys.exit(f"error: {place}: not a whole file of vectors ({reason}); delete it and run again")
-    is_finite = np.isfinite(vectors).all(axis=1)
-    if not is_finite.all():
-        sys.exit(f"error: {place}: the vector of {genes[is_finite.argmin()]!r} holds something other than "
-                 "finite numbers")
     return genes, vectors
 
 
@@ -303,7 +301,7 @@ def key_of(text):
 def server_vectors(texts, genes, args, cache):
     """Vectors (T, d) float32 of T texts; in a dry run only what they would cost is printed.
 
-    genes: one (T) that has each text, for messages.
+    genes: a gene (T) that has the text, for messages.
     """
     texts = cut_texts(texts, genes, args.max_tokens)
     gene_of, text_of = dict(zip(texts, genes)), {key_of(text): text for text in texts}
@@ -330,8 +328,8 @@ def server_vectors(texts, genes, args, cache):
 def cut_texts(texts, genes, max_tokens):
     """Texts (T) of genes (T), the long ones cut.
 
-    A token is taken as MIN_BYTES_PER_TOKEN bytes of UTF-8: models split words differently, and the kit has
-    no tokenizer. So most texts are cut a little shorter than necessary.
+    A token counts as MIN_BYTES_PER_TOKEN bytes of UTF-8, since models split words differently and the kit has
+    no tokenizer: most texts are cut a little shorter than necessary.
     """
     max_bytes = max_tokens * MIN_BYTES_PER_TOKEN
     cut = [text.encode()[:max_bytes].decode(errors="ignore") for text in texts]
@@ -353,7 +351,9 @@ def send(texts, gene_of, args, cache, vector_of):
     batch_size = args.batch_size
     progress = tqdm(total=len(texts), unit=" texts", disable=None)
     while texts:
-        batch = first_batch(texts, batch_size)
+        n_bytes = np.cumsum([len(text.encode()) for text in texts[:batch_size]])
+        n_allowed = (n_bytes <= MAX_REQUEST_TOKENS * MIN_BYTES_PER_TOKEN).sum()
+        batch = texts[:max(1, n_allowed)]
         try:
             vectors = ask(client, args, batch)
         except openai.APIError as error:
@@ -397,12 +397,6 @@ def refuse_retry(response):
     """Set the header by which a server tells the library not to try again, where that cannot help."""
     if response.is_error and any(words in response.read().lower() for words in HOPELESS):
         response.headers["x-should-retry"] = "false"
-
-
-def first_batch(texts, batch_size):
-    """The first of the texts: at most `batch_size`, within the API's limit on tokens, and at least one."""
-    n_bytes = np.cumsum([len(text.encode()) for text in texts[:batch_size]])
-    return texts[:max(1, (n_bytes <= MIN_BYTES_PER_TOKEN * MAX_REQUEST_TOKENS).sum())]
 
 
 def ask(client, args, batch):
@@ -467,20 +461,20 @@ def sample_vectors(path, most):
 
 
 def project(vectors):
-    """Two coordinates (n, 2) for n vectors, and the axes' names: by UMAP if it can run, else by PCA."""
+    """Two coordinates (n, 2) of n vectors, and the names of the axes: by UMAP if it can run, else by PCA."""
     if len(vectors) >= UMAP_MIN_POINTS:
         with contextlib.suppress(ImportError):
             import umap  # here, since it need not be installed, and takes seconds
             xy = umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(vectors)
             return xy, ["UMAP 1", "UMAP 2"]
     xy, shares = principal_components(vectors, 2)
-    n_missing = 2 - len(shares)  # of rank 1 or 0: the other coordinates are zero
-    xy, shares = np.pad(xy, ((0, 0), (0, n_missing))), np.pad(shares, (0, n_missing))
-    return xy, [f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
+    names = [f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
+    xy = np.pad(xy, ((0, 0), (0, 2 - len(shares))))  # vectors on a line, or all the same: zeros
+    return xy, [*names, "", ""]
 
 
 def as_numbers(labels):
-    """Labels as floats (n), NaN for None; None if they are words, or all missing."""
+    """Labels as floats (n), NaN where there is none; None if they are words, or all missing."""
     try:
         numbers = np.array([float(label or "nan") for label in labels])
     except ValueError:
@@ -496,7 +490,7 @@ def is_drawn(figure_path, paths):
 def draw(path, note, vectors, labels, legend):
     """Draw the projection of vectors (n, d), coloured by n labels: numbers on a scale, words as groups.
 
-    The commonest groups have colours, the others are grey. A point without a label has None.
+    The commonest groups have colours; the others, and points without a label (None), are grey.
     """
     xy, axis_names = project(vectors)
     figure = shared.new_figure(7, 5.5, f"{note}{path.stem}: {len(labels):,} vectors")
@@ -509,8 +503,8 @@ def draw(path, note, vectors, labels, legend):
         points.set_cmap(points.cmap.with_extremes(bad=shared.GREY))
         figure.colorbar(points, label=legend)
     else:
-        commonest = Counter(filter(None, labels)).most_common(len(shared.COLORS))
-        color_of = {group: color for (group, _), color in zip(commonest, shared.COLORS)}
+        groups = [group for group, _ in Counter(filter(None, labels)).most_common()]
+        color_of = dict(zip(groups, shared.COLORS))
         if color_of and set(labels) - set(color_of):
             color_of["other"] = shared.GREY
         rest = color_of.get("other", shared.COLORS[0])
@@ -536,9 +530,9 @@ def write_embeddings(path, made, genes, vectors, attributes):
     print(f"{path}: {len(genes):,} vectors of {vectors.shape[1]:,} numbers")
 
 
-def read_embeddings(path, made_by=None):
-    """Genes (N) and vectors (N, d) float32 of an embedding file. made_by: the command that makes it."""
-    with shared.read_h5(path, made_by) as file:
+def read_embeddings(path):
+    """Genes (N) and vectors (N, d) float32 of an embedding file."""
+    with shared.read_h5(path) as file:
         return file["genes"].asstr()[:], file["vectors"][:]
 
 
@@ -666,7 +660,7 @@ def main():
     if args.dry_run:
         return
 
-    # A figure of each source, and one of all if they share a space: lsa and --dim give each its own
+    # A figure of each source, and one of all, unless each has a space of its own (lsa, principal components)
     note = "SYNTHETIC: invented genes\n" if args.dataset == "demo" else ""
     for path in paths:
         figure_path = path.with_suffix(".png")
