@@ -9,9 +9,9 @@
     python 02_embed.py --dataset norman --source names --embedder openai --model meta-llama/Llama-3.1-8B \\
                        --base-url http://localhost:8000/v1          vLLM, Ollama, llama.cpp, TEI, ...
 
-A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection, by
-UMAP if umap-learn is installed, else by PCA.
-With --dim N, the file's name and stage 04 call the embedder <embedder>-N.
+A file holds `genes` (N) and `vectors` (N, d) float32; a figure beside it shows their projection, by UMAP if
+umap-learn is installed, else by PCA. With --dim N, the file's name and stage 04 call the embedder
+<embedder>-N.
 Modes: `concat` embeds one text per gene; `avg` embeds each GO term and averages them per gene.
 Embedders: `published`, the vectors that the authors released; `openai`, a server with OpenAI's embeddings API
 (the key comes from OPENAI_API_KEY; answers are kept in embeddings/.cache, so nothing is paid twice); `lsa`,
@@ -73,7 +73,7 @@ PRICES_NOTED = "May 2026"
 
 LSA_MIN_DIM, LSA_MAX_DIM = 10, 256  # dimensions of an lsa vector, unless --dim says otherwise
 CHANCE_MARGIN = 1.03  # a singular value has to exceed chance by this factor
-MAX_POINTS, UMAP_MIN_POINTS = 20_000, 10  # that a figure draws at most; that UMAP needs
+MAX_POINTS, UMAP_MIN_POINTS = 20_000, 10  # the most in a figure; the fewest for UMAP
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def read_texts(path, source, mode, made_by):
         if mode == "concat":
             return genes, group["text"].asstr()[:], np.arange(len(genes) + 1)
         if "terms" not in group:
-            sys.exit(f"error: {path}: source {source!r} has no terms one by one; use --mode concat")
+            sys.exit(f"error: {path}: source {source!r} has no separate terms; use --mode concat")
         return genes, group["terms"].asstr()[:], group["term_offsets"][:]
 
 
@@ -113,7 +113,7 @@ def distinct_texts(genes, texts, offsets):
 # lsa: TF-IDF and a truncated SVD (Deerwester et al. 1990), offline and deterministic
 
 def lsa(texts, counts, dim=None):
-    """Vectors (T, dim) of unit length for T distinct texts, of which each stands `counts` (T) times.
+    """Vectors (T, dim) of unit length for T distinct texts, each of which occurs `counts` (T) times.
 
     Without dim, choose_rank finds it. A text that shares no word with others gets zeros.
     Weights: (1 + log of the count in the text) * log((1 + N) / number of texts with the word).
@@ -123,11 +123,11 @@ def lsa(texts, counts, dim=None):
     is_common = n_texts_with > 1  # a word of a single text says nothing about its likeness to others
     tf = tf[:, is_common]
     if not tf.nnz:
-        sys.exit("error: lsa: no word stands in two texts; use --embedder openai")
+        sys.exit("error: lsa: no two texts share a word; use --embedder openai")
     idf = np.log((1 + counts.sum()) / n_texts_with[is_common])
     tfidf = unit_rows(tf @ scipy.sparse.diags(idf))
 
-    # A text that stands n times counts n times: the SVD takes squares, so its row is scaled by the root of n
+    # A text that occurs n times counts n times: the SVD takes squares, so its row is scaled by the root of n
     weighted = scipy.sparse.diags(np.sqrt(counts)) @ tfidf
     directions, values = leading_directions(weighted, dim or LSA_MAX_DIM)
     if dim and dim > len(values):
@@ -161,7 +161,7 @@ def choose_rank(matrix, values):
 
 
 def count_words(texts):
-    """The sparse matrix (T, words) of 1 + log(how often the word stands in the text)."""
+    """The sparse matrix (T, words) of 1 + log(how often the word occurs in the text)."""
     column_of = {}
     columns, values, offsets = array("i"), array("f"), array("q", [0])
     for text in texts:
@@ -537,7 +537,7 @@ def read_embeddings(path):
 
 
 def model_name(model):
-    """The name of a server's model as it stands in file names."""
+    """A model's name as file names have it."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", model)
 
 
@@ -616,7 +616,7 @@ def parse_arguments():
     add("--batch-size", type=positive, default=512, metavar="N",
         help="texts a request at most, fewer where the server refuses (default: 512)")
     add("--max-tokens", type=positive, metavar="N",
-        help="cut longer texts; a token is taken as 3 bytes (default: the model's window where known, else "
+        help="cut longer texts; a token counts as 3 bytes (default: the model's window where known, else "
              f"{MAX_TEXT_TOKENS})")
     add("--dry-run", action="store_true", help="print texts, tokens and cost (estimates); send nothing")
     args = parser.parse_args()

@@ -236,7 +236,7 @@ def test_the_gene_symbol_prefix_does_not_count():
 def test_texts_without_a_common_word_are_an_error(tmp_path):
     write_texts(tmp_path, {"A": "iron", "B": "zinc"})
     error = fails("--dataset", "mine", "--source", "own", "--embedder", "lsa", root=tmp_path)
-    assert "no word stands in two texts" in error
+    assert "no two texts share a word" in error
 
 
 def test_avg_of_a_source_without_terms_is_an_error(demo):
