@@ -285,7 +285,7 @@ def test_umap_draws_where_it_is_installed_and_has_ten_points(monkeypatch, n_gene
     assert xy.shape == (n_genes, 2) and names[0].startswith(way)
 
 
-def test_three_genes_get_a_figure_by_pca(tmp_path):
+def test_three_genes_get_a_figure(tmp_path):
     write_texts(tmp_path, {"A": "iron transport", "B": "iron binding", "C": "zinc binding"})
     out = embed("--dataset", "mine", "--source", "own", "--embedder", "lsa", root=tmp_path)
     assert "own.lsa.concat.png: a figure of 3 vectors" in out
