@@ -160,35 +160,30 @@ def fetch_released(variant, args):
     """Download a variant that the authors fine-tuned on this dataset; returns the paths. File names follow no
     rule: the bucket is asked for the list."""
     with shared.request(BUCKET, params={"list-type": 2, "prefix": FINETUNED}) as response:
-        keys = re.findall(rf"<Key>({FINETUNED}[\w+-]+/[\w-]+/[\w.+-]+\.pt)</Key>", response.text)
-    place = f"{FINETUNED}{variant}/{args.dataset}/"
-    files = [key.removeprefix(place) for key in keys if key.startswith(place)]
-    if not files:
-        places = sorted({key.removeprefix(FINETUNED).rpartition("/")[0] for key in keys})
+        keys = re.findall(rf"<Key>{FINETUNED}([\w+-]+/[\w-]+/[\w.+-]+\.pt)</Key>", response.text)
+    found = [key for key in keys if key.startswith(f"{variant}/{args.dataset}/")]
+    if not found:
+        places = sorted({key.rpartition("/")[0] for key in keys})
         sys.exit(f"error: --run released:{variant}: {shared.address(BUCKET)} has no such model of "
                  f"{args.dataset}; there are: {', '.join(places) or 'none'}")
-    folder = args.root / "data" / "human" / "raw" / "finetuned" / variant / args.dataset
-    return [shared.download(BUCKET + urllib.parse.quote(place + file), folder / file) for file in files]
+    folder = args.root / "data" / "human" / "raw" / "finetuned"
+    return [shared.download(BUCKET + urllib.parse.quote(FINETUNED + key), folder / key) for key in found]
 
 
-def find_files(items, args):
-    """Models given as FILE.pt, NAME=FILE.pt or released:VARIANT (fetched), as namespaces like find_runs'."""
-    models = []
-    for item in items:
-        if item.startswith("released:"):
-            variant = item.removeprefix("released:")
-            name, paths = f"{variant}-released", fetch_released(variant, args)
-        else:
-            name, _, file = ("", "", item) if Path(item).exists() else item.rpartition("=")
-            paths = [Path(file)]
-            name = name or paths[0].stem.replace(".", "_")
-        for path in paths:
-            if not path.exists():
-                sys.exit(f"error: --run {item}: {path} does not exist")
-            seed = re.search(r"seed_?(\d+)", path.name)
-            models.append(SimpleNamespace(name=shared.check_name(name, "--run"), path=path, config={},
-                                          seed=int(seed[1]) if seed else 0))
-    return models
+def open_files(item, args):
+    """The models of FILE.pt, NAME=FILE.pt or released:VARIANT (fetched), as namespaces like find_runs'."""
+    if item.startswith("released:"):
+        variant = item.removeprefix("released:")
+        name, paths = f"{variant}-released", fetch_released(variant, args)
+    else:
+        name, _, file = ("", "", item) if Path(item).exists() else item.rpartition("=")
+        path = Path(file)
+        if not path.exists():
+            sys.exit(f"error: --run {item}: {path} does not exist")
+        name, paths = shared.check_name(name or path.stem.replace(".", "_"), "--run"), [path]
+    seeds = [re.search(r"seed_?(\d+)", path.name) for path in paths]
+    return [SimpleNamespace(name=name, seed=int(seed[1]) if seed else 0, path=path, config={})
+            for path, seed in zip(paths, seeds)]
 
 
 def find_models(args):
@@ -197,8 +192,8 @@ def find_models(args):
         return training.find_runs(args.root, args.dataset)
     files = [item for item in args.run if item.endswith(".pt") or item.startswith("released:")]
     others = files + named_baselines(args)
-    names = [item for item in args.run if item not in others]
-    return training.find_runs(args.root, args.dataset, names) + find_files(files, args)
+    runs = training.find_runs(args.root, args.dataset, [item for item in args.run if item not in others])
+    return runs + [run for item in files for run in open_files(item, args)]
 
 
 def named_baselines(args):
@@ -210,14 +205,14 @@ def named_baselines(args):
 def load_model(path, data):
     """The model in one of our files or a released one, with the vocabulary of the dataset."""
     try:
-        net = model.load(path)
-    except ValueError as error:
-        if "load_released" not in str(error):
-            sys.exit(f"error: {error}")
         try:
-            net = model.load_released(path)
+            net = model.load(path)
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            if "load_released" not in str(error):
+                raise
+            net = model.load_released(path)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if net.config.n_tokens != data.n_tokens:
         sys.exit(f"error: {path}: has a vocabulary of {net.config.n_tokens:,} genes, the dataset one of "
                  f"{data.n_tokens:,}")
@@ -236,20 +231,25 @@ def predict_cells(net, path, data, control, target_idx, machine):
 # ----------------------------------------------------------------------------------------------------------
 # Predictions of the held-out conditions
 
-def held_out(data):
+def held_out(data, args):
     """The test conditions of a dataset over its measured genes (G), the only ones scored, as a namespace.
 
-    rows (P,) among the conditions, names and subgroups (P,), gene_idx and genes (G,), true (P, G), ctrl (G,),
-    perturbed_mean (G,) over the training perturbations, de_idx (P, 20) among the measured genes.
+    rows (P,) among the conditions, names and subgroups (P,), groups {subgroup or `all`: number}, gene_idx and
+    genes (G,), true (P, G), ctrl (G,), perturbed_mean (G,) over the training perturbations, de_idx (P, 20)
+    among the measured genes, controls (see draw_controls), and the fingerprint of dataset.h5.
     """
     rows = np.flatnonzero(data.split == "test")
+    if not len(rows):
+        sys.exit(f"error: {args.dataset} has no test conditions (03 --split none); --predict needs none")
     measured = keep_genes(data, data.measured)
     groups = {**count_subgroups(filter(None, data.subgroup[rows])), "all": len(rows)}
     return SimpleNamespace(
         rows=rows, names=data.conditions[rows], subgroups=data.subgroup[rows], groups=groups,
         gene_idx=np.flatnonzero(data.measured), genes=measured.genes, de_idx=measured.de_idx[rows],
         true=measured.mean[rows], ctrl=measured.mean[data.split == "ctrl"][0],
-        perturbed_mean=measured.mean[data.split == "train"].mean(0, dtype=np.float64))
+        perturbed_mean=measured.mean[data.split == "train"].mean(0, dtype=np.float64),
+        controls=draw_controls(data, rows, args.controls, args.seed),
+        fingerprint=shared.fingerprint(args.root / "data" / args.dataset / "dataset.h5"))
 
 
 def draw_controls(data, rows, n_controls, seed):
@@ -261,22 +261,23 @@ def draw_controls(data, rows, n_controls, seed):
 
 
 def predict_means(run, data, test, machine, keep_cells):
-    """Mean predicted profiles of the test conditions, (P, genes) float64, and if wanted the predicted
-    cells, a list of (cells, measured genes)."""
+    """Mean predicted profiles of the test conditions, (P, G) float64, and if wanted the predicted cells, a
+    list of (cells, G)."""
     net = load_model(run.path, data).to(machine.device)
     step = max(machine.batch_size or 1, CELLS_X_GENES // len(data.genes))
-    means, blocks = np.zeros((len(test.rows), len(data.genes))), []
+    means, blocks = np.zeros(test.true.shape), []
     progress = tqdm(total=sum(map(len, test.controls)), desc=f"  {run.name}, seed {run.seed}", unit=" cells",
                     leave=False, disable=None)
-    for i, (cells, target_idx) in enumerate(zip(test.controls, targets_at(data, test.rows))):
+    for mean, cells, target_idx in zip(means, test.controls, targets_at(data, test.rows)):
         for start in range(0, len(cells), step):  # so that memory does not grow with the number of cells
             control = data.X[cells[start:start + step]].toarray()
             predicted = predict_cells(net, run.path, data, control, target_idx, machine)
-            means[i] += predicted.sum(0, dtype=np.float64)
+            predicted = predicted.take(test.gene_idx, axis=1)
+            mean += predicted.sum(0, dtype=np.float64)
             if keep_cells:
-                blocks.append(predicted[:, data.measured])
+                blocks.append(predicted)
             progress.update(len(control))
-        means[i] /= len(cells)
+        mean /= len(cells)
     progress.close()
     return means, blocks
 
@@ -300,15 +301,14 @@ def predict_run(run, args, data, test, machine):
 
 
 def write_means(path, made, run, means, data, test):
-    """Write a run's mean predicted profiles (P, genes) of the test conditions, over the measured genes."""
+    """Write a run's mean predicted profiles (P, G) of the test conditions."""
     obs = {
         "condition": test.names,
         "subgroup": test.subgroups,
         "model": [run.name] * len(means),
         "seed": [run.seed] * len(means),
         "n_controls": [len(cells) for cells in test.controls]}
-    what = describe(data, "predicted means")
-    prepare.write_h5ad(path, made, means[:, test.gene_idx], obs, test.genes, what, test.ctrl)
+    prepare.write_h5ad(path, made, means, obs, test.genes, describe(data, "predicted means"), test.ctrl)
 
 
 def write_predicted_cells(path, made, run, blocks, data, test):
@@ -324,7 +324,7 @@ def write_predicted_cells(path, made, run, blocks, data, test):
 
 def describe(data, what):
     """The description in an AnnData file."""
-    return f"{what}, log-normalized expression" + (" of SYNTHETIC cells" if data.synthetic else "")
+    return f"{what}, log-normalized expression{synthetic(data)}"
 
 
 def write_cells(path, made, data, X, labels, what, runs=()):
@@ -345,9 +345,9 @@ def write_measured_cells(path, data, test, force):
     """Write the measured control cells and cells of the test conditions, to compare predicted ones with."""
     made = shared.made_from({}, {"dataset.h5": test.fingerprint})
     if not shared.is_current(path, made, force):
-        test_cells = [np.flatnonzero(data.cell_condition == row) for row in test.rows]
-        cells = np.concatenate([data.ctrl_cells, *test_cells])
-        labels = list(data.conditions[data.cell_condition[cells]])
+        part = data.split[data.cell_condition]
+        cells = np.flatnonzero((part == "ctrl") | (part == "test"))
+        labels = data.conditions[data.cell_condition[cells]]
         write_cells(path, made, data, data.X[cells][:, test.gene_idx], labels, "measured cells")
 
 
@@ -377,13 +377,11 @@ def trained_singles(data):
 def baseline_means(data, targets):
     """Mean profiles that the deterministic baselines predict for each of P lists of targets (gene indices):
     {name: (P, genes)}."""
-    trained = np.flatnonzero(data.split == "train")
-    ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
-    non_ctrl = data.mean[trained].mean(0, dtype=np.float64)
+    mean = data.mean.astype(np.float64)
+    ctrl, non_ctrl = mean[data.split == "ctrl"][0], mean[data.split == "train"].mean(0)
 
     # The profile of each single target that was trained on, over its labels (A+ctrl, ctrl+A)
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
-    mean = data.mean.astype(np.float64)
     profile_of = {target: np.average(mean[rows], axis=0, weights=n_cells[rows])
                   for target, rows in trained_singles(data).items()}
 
@@ -405,19 +403,19 @@ def ridge_means(data, wanted, path):
     genes, vectors = embed.read_embeddings(path)
     row_of = {gene: row for row, gene in enumerate(genes)}
     vector_row = np.array([row_of.get(gene, -1) for gene in data.genes] + [-1])  # the last: of target -1
-    has_vector = vector_row[data.targets] >= 0
-    trained = np.flatnonzero((data.split == "train") & has_vector.any(1))
+    has_vector = vector_row >= 0
+    trained = np.flatnonzero((data.split == "train") & has_vector[data.targets].any(1))
     val = np.flatnonzero(data.split == "val")
     if not len(trained):
         return None
 
     # x: what describes each condition, y: its mean profile
-    seen = np.unique(data.targets[trained][has_vector[trained]])
-    mean_vector = vectors[vector_row[seen]].mean(0, dtype=np.float64)
-    of_gene = np.where(vector_row[:-1, None] >= 0, vectors[vector_row[:-1]], mean_vector)
-    x = np.stack([of_gene[targets].sum(0) for targets in targets_at(data, range(len(data.conditions)))])
+    seen = np.unique(data.targets[trained])
+    mean_vector = vectors[vector_row[seen[has_vector[seen]]]].mean(0, dtype=np.float64)
+    of_gene = np.where(has_vector[:, None], vectors[vector_row], mean_vector)
+    of_gene[-1] = 0
+    x, y = of_gene[data.targets].sum(1), data.mean.astype(np.float64)
     x_wanted = np.stack([of_gene[targets].sum(0) for targets in wanted])
-    y = data.mean.astype(np.float64)
     x_mean, y_mean = x[trained].mean(0), y[trained].mean(0)
     xc, yc = x[trained] - x_mean, y[trained] - y_mean
 
@@ -482,22 +480,21 @@ def read_external(item, data, test, args):
         with shared.read_h5(h5ad) as file:
             _, genes, _ = prepare.find_expression(file, args, path)
             labels, label_of_cell = prepare.read_column(file["obs"], "condition", path)
+        column = {gene: i for i, gene in enumerate(prepare.unique_names(genes))}
+        missing = [gene for gene in test.genes if gene not in column]
+        if missing:
+            sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: "
+                     f"{shown(missing, 3)}; it has {shown(genes, 3)}")
         blocks = prepare.expression_blocks(h5ad, args, path, len(label_of_cell), len(genes))
         means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
 
-    column = {gene: i for i, gene in enumerate(prepare.unique_names(genes))}
-    missing = [gene for gene in test.genes if gene not in column]
-    if missing:
-        sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: {shown(missing, 3)}; "
-                 f"it has {shown(genes, 3)}")
-    means = means[:, [column[gene] for gene in test.genes]]
     mean_of, notations = {}, label_notations(set(data.genes), args)
-    for label, mean in zip(labels, means):
+    for label, mean in zip(labels, means[:, [column[gene] for gene in test.genes]]):
         with contextlib.suppress(ValueError):  # a label that is no condition
             mean_of[frozenset(parse_perturbation(label, notations))] = mean
-    no_mean = np.full(len(test.genes), np.nan)
-    profiles = np.stack([mean_of.get(frozenset(data.genes[targets]), no_mean)
-                         for targets in targets_at(data, test.rows)])
+    profiles = np.full(test.true.shape, np.nan)
+    for profile, targets in zip(profiles, targets_at(data, test.rows)):
+        profile[:] = mean_of.get(frozenset(data.genes[targets]), np.nan)
     found = profiles[np.isfinite(profiles).all(1)]
     if not len(found):
         sys.exit(f"error: {path}: obs/condition has none of the {len(test.rows)} test conditions, such as "
@@ -546,16 +543,12 @@ def check_values(profiles, is_whole, ctrl, path):
 def score(name, seed, predicted, true, test):
     """Rows (model, seed, condition, subgroup, metric, value) of predicted and true profiles (P, G). A
     condition that one of them lacks (NaN) has no row."""
-    has_both = np.flatnonzero(np.isfinite(predicted).all(1) & np.isfinite(true).all(1))
-    scores = metrics.evaluate(predicted[has_both], true[has_both], test.ctrl, test.de_idx[has_both])
-    scores |= metrics.evaluate_specific(predicted[has_both], true[has_both], test.perturbed_mean)
-    rows = []
-    for i, p in enumerate(has_both):
-        for metric in METRICS:
-            if not math.isnan(scores[metric][i]):
-                value = float(scores[metric][i])
-                rows.append((name, seed, test.names[p], test.subgroups[p], metric, value))
-    return rows
+    scored = np.flatnonzero(np.isfinite(predicted + true).all(1))
+    scores = metrics.evaluate(predicted[scored], true[scored], test.ctrl, test.de_idx[scored])
+    scores |= metrics.evaluate_specific(predicted[scored], true[scored], test.perturbed_mean)
+    values = [(test.names[p], test.subgroups[p], metric, float(scores[metric][i]))
+              for i, p in enumerate(scored) for metric in METRICS]
+    return [(name, seed, *value) for value in values if not math.isnan(value[-1])]
 
 
 def summarize(rows):
@@ -599,11 +592,10 @@ def compare(profiles, models, test):
     rows, shares = [], {}
     for name, seed, predicted, true in profiles:
         rows += score(name, seed, predicted, true, test)
-        if np.isfinite(predicted).all() and np.isfinite(true).all():
+        if np.isfinite(predicted + true).all():
             found = metrics.found_among(predicted, true, test.ctrl, TOP_K)
             shares.setdefault(name, []).append(found.mean(0))
-    errors = by_condition(rows, "mse_all")
-    unranked = {}
+    errors, unranked = by_condition(rows, "mse_all"), {}
     for name in models:
         n_better = sum(error < errors["no-change"][condition] for condition, error in errors[name].items())
         if len(errors[name]) < len(test.rows):
@@ -1678,11 +1670,7 @@ def check_names(runs, ridge_files, external):
 def evaluate(args, data, runs, ridge_files, machine):
     """Compare all models and baselines on the held-out conditions; write tables, figures and report."""
     results = args.root / "results" / args.dataset
-    test = held_out(data)
-    if not len(test.rows):
-        sys.exit(f"error: {args.dataset} has no test conditions (03 --split none); --predict needs none")
-    test.fingerprint = shared.fingerprint(args.root / "data" / args.dataset / "dataset.h5")
-    test.controls = draw_controls(data, test.rows, args.controls, args.seed)
+    test = held_out(data, args)
     print(f"{len(test.rows)} test conditions, {len(test.genes):,} genes, {sum(map(len, test.controls)):,} "
           "control cells to predict from")
 
