@@ -89,13 +89,7 @@ METRICS = {  # name: heading; higher is better, but for squared errors
     "pearson_systema": "Pearson Systema",
     "centroid_accuracy": "centroid accuracy"}
 MAIN_METRIC = "pearson_delta_top20"
-BASELINES = {  # they need no training
-    "non-ctrl-mean": "the mean profile of the training perturbations",
-    "random": "the profile of one training perturbation drawn at random; ten draws",
-    "no-change": "the mean of the control cells",
-    "matching-mean": "the mean of the parts' training profiles; non-ctrl-mean for new parts (Systema)",
-    "additive": "control plus the parts' training effects; 0 for new parts (Ahlmann-Eltze et al. 2025)",
-    "ridge_<source>": "ridge regression from the sum of the targets' vectors to the response (GenePert)"}
+BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive")  # and ridge_<source>
 FOR_ANY_TARGET = ("non-ctrl-mean", "matching-mean", "additive")  # the baselines that --predict takes by name
 CEILING = "data-ceiling"
 PREDICTED_CELLS = "predicted cells below measured control cells"
@@ -109,7 +103,7 @@ N_FIGURE_CONTROLS = 300  # as in the paper's Figures 8 and 9
 # The paper's own figures, mean over five seeds ± 95% interval: Pearson Δ top 20 and all, MSE top 20 and all
 # on Norman, then the same on Adamson (Tables 3, 4, 8-16, 18-20, 27-30)
 PAPER_METRICS = ("pearson_delta_top20", "pearson_delta_all", "mse_top20", "mse_all")
-PAPER_DATASETS = ("norman", "adamson")
+PAPER_COLUMNS = {"norman": slice(0, 4), "adamson": slice(4, 8)}
 PAPER = """
     scgpt                        0.665 ± 0.01 | 0.534 ± 0.02 | 0.223 ± 0.01 | 0.00421 ± 0.00 | 0.782 ± 0.02 | 0.589 ± 0.03  | 0.135 ± 0.01 | 0.00672 ± 0.00
     scgenept_ncbi                0.685 ± 0.03 | 0.548 ± 0.03 | 0.223 ± 0.03 | 0.00415 ± 0.00 | 0.779 ± 0.02 | 0.606 ± 0.03  | 0.133 ± 0.00 | 0.00654 ± 0.00
@@ -587,7 +581,7 @@ def compare(profiles, models, test):
 
     rows, summary: see `score` and `summarize`; names: all that has scores; unranked: {model: why it is not
     ranked}; found_first: {model: share of the conditions (3,) whose own prediction is among the first 1, 5,
-    10 guesses of the reverse question, mean over seeds}; models.
+    10 guesses of the reverse question, mean over seeds}, by chance at the end; models.
     """
     rows, shares = [], {}
     for name, seed, predicted, true in profiles:
@@ -603,6 +597,7 @@ def compare(profiles, models, test):
         elif n_better < len(test.rows) / 2:
             unranked[name] = "MSE over all genes above that of no-change on most conditions"
     found_first = {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
+    found_first["chance"] = np.minimum(np.divide(TOP_K, len(test.rows)), 1)
     return SimpleNamespace(rows=rows, summary=summarize(rows), names=list(errors), models=models,
                            unranked=unranked, found_first=found_first)
 
@@ -645,19 +640,16 @@ def marked_column(outcome, group, metric):
     printed = {name: float(text.split()[0]) for name, text in texts.items()
                if text and name != CEILING and name not in outcome.unranked}
     ranked = sorted(set(printed.values()), reverse=not metric.startswith("mse"))
-    column = []
-    for name, text in texts.items():
-        rank = ranked.index(printed[name]) if name in printed else None
-        mark = {0: "**", 1: "*"}.get(rank, "")
-        column.append(f"{mark}{text}{mark}")
-    return column
+    mark_of = dict(zip(ranked, ("**", "*")))
+    marks = [mark_of.get(printed.get(name), "") for name in texts]
+    return [f"{mark}{text}{mark}" for mark, text in zip(marks, texts.values())]
 
 
 def paper_rows(text, columns=slice(None)):
     """{model: [cell, ...]} of one of the paper's tables above, or of some of its columns."""
     rows = {}
     for line in text.strip().splitlines():
-        name, cells = line.strip().split(None, 1)
+        name, cells = line.split(None, 1)
         rows[name] = [cell.strip() for cell in cells.split("|")][columns]
     return rows
 
@@ -672,34 +664,38 @@ def table_with_paper(names, columns, paper, paper_header):
     return markdown_table(header, rows)
 
 
+def table_by_subgroup(outcome, groups, metric, paper):
+    """A Markdown table of one metric: models x subgroups, {subgroup: number of conditions}."""
+    columns = {f"{group} ({n})": marked_column(outcome, group, metric) for group, n in groups.items()}
+    return table_with_paper(outcome.names, columns, paper, PAPER_SUBGROUPS)
+
+
+def best_of(names, outcome):
+    """The one of these models with the highest main metric; None if there are none."""
+    return max(names, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
+
+
 def best_model(outcome):
-    """The ranked model with the highest main metric, not a shuffled control; None if no model is ranked."""
+    """The best ranked model that is not a shuffled control; None if no model is ranked."""
     ranked = [name for name in outcome.models if name not in outcome.unranked and "-shuffled" not in name]
-    return max(ranked, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
+    return best_of(ranked, outcome)
 
 
 def best_baseline(outcome):
-    """The baseline with the highest main metric."""
-    baselines = [name for name in outcome.names if name not in outcome.models and name != CEILING]
-    return max(baselines, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0])
+    return best_of([name for name in outcome.names if name not in (*outcome.models, CEILING)], outcome)
 
 
 def verdict(outcome):
     """What came out: a few sentences, and a table of the best model beside its rivals (Markdown)."""
     summary, best = outcome.summary, best_model(outcome)
-    reasons = ""
-    for reason in dict.fromkeys(outcome.unranked.values()):
-        names = [name for name, why in outcome.unranked.items() if why == reason]
-        reasons += f" Not ranked: {', '.join(names)} ({reason})."
+    reasons = "; ".join(f"{name} ({reason})" for name, reason in outcome.unranked.items())
+    reasons = f" Not ranked: {reasons}." if reasons else ""
     if best is None:
         return "No model is ranked: only baselines are compared." + reasons, ""
 
-    def main_value(name):
-        return summary[name, "all", MAIN_METRIC][0]
-
     # The rivals, and in how many conditions the best model is better than each
-    variant, *labels = best.split(",")
-    shuffled = ",".join([f"{variant}-shuffled", *labels])
+    variant, comma, labels = best.partition(",")
+    shuffled = f"{variant}-shuffled{comma}{labels}"
     candidates = ["non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
     rivals = [name for name in dict.fromkeys(candidates) if name != best and name in outcome.names]
     values = by_condition(outcome.rows, MAIN_METRIC)
@@ -713,20 +709,31 @@ def verdict(outcome):
     header = ["model", "Pearson Δ top 20", "MSE top 20", f"{best} better in"]
 
     # In words
-    beats = "beats" if main_value(best) > main_value("non-ctrl-mean") else "does NOT beat"
+    main_value = {name: summary[name, "all", MAIN_METRIC][0] for name in (best, *rivals)}
+    beats = "beats" if main_value[best] > main_value["non-ctrl-mean"] else "does NOT beat"
     text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({table[0][1]}), {beats} the mean of "
             f"the training perturbations ({table[1][1]}).")
     if summary[best, "all", "mse_top20"][0] > summary["non-ctrl-mean", "all", "mse_top20"][0]:
         text += " Its squared error on these genes is larger, though."
-    above = [name for name in rivals if main_value(name) >= main_value(best)]
+    above = [name for name in rivals if main_value[name] >= main_value[best]]
     if above:
         text += f" It is not above {' and '.join(above)}."
-    if any(summary[name, "all", MAIN_METRIC][2] < 2 for name in outcome.trained):
+    if any(summary[run.name, "all", MAIN_METRIC][2] < 2 for run in outcome.runs):
         text += " One seed has no interval: train several (04 --seed 42 23 89) before you trust a gap."
     return text + reasons, markdown_table(header, table)
 
 
-EXPLANATION = """\
+REPORT = """\
+# {dataset}: predicting held-out perturbations
+
+{synthetic}
+
+Compared on {n_conditions} held-out conditions and {n_genes:,} genes.
+
+{verdict}
+
+{rivals}
+
 Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second
 best*. **Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
 genes or on the 20 that are most differentially expressed; 1 is perfect, 0 tells nothing. **MSE** is the mean
@@ -739,63 +746,87 @@ the targets are. `-shuffled`: a control whose texts were permuted among the gene
 come from the texts.
 
 Baselines, which need no training:
+
+- `non-ctrl-mean`: the mean profile of the training perturbations
+- `random`: the profile of one training perturbation drawn at random; ten draws
+- `no-change`: the mean of the control cells
+- `matching-mean`: the mean of the parts' training profiles; non-ctrl-mean for new parts (Systema)
+- `additive`: control plus the parts' training effects; 0 for new parts (Ahlmann-Eltze et al. 2025)
+- `ridge_<source>`: ridge regression from the sum of the targets' vectors to the response (GenePert)
+- `data-ceiling`: no prediction; half of a condition's cells scored as if they predicted the other half. With
+  few cells both are noisy, and a good model can be above it.
+
+Vectors of the ridge regressions: {vectors}.
+
+![The split](split.png)
+
+## All test conditions
+
+{all_conditions}
+
+## By subgroup: Pearson Δ top 20
+
+{pearson_by_subgroup}
+
+## By subgroup: MSE top 20
+
+{mse_by_subgroup}
+
+## Which perturbation was it?
+
+The reverse question: the measured change of a test condition ranks all {n_conditions} predicted changes by
+correlation. Share of conditions whose own prediction is among the first 1, 5 and 10:
+
+{found_first}
+
+![Bars by subgroup](subgroups.png)
+
+{scatter}
+
+## Runs
+
+{runs}
+
+{training}
+
+Control cells a condition: {n_controls}, drawn with seed {seed}, the same for all models.
 """
+SYNTHETIC = ("**SYNTHETIC data**: simulated cells of invented genes. The numbers show that the kit works and say "
+             "nothing about biology.")
 
 
 def write_report(path, args, data, test, outcome):
     """Write report.md: the verdict, what the numbers mean, tables by metric and by subgroup, the runs."""
-    summary, names = outcome.summary, outcome.names
-    sections = [f"# {args.dataset}: predicting held-out perturbations"]
-    if data.synthetic:
-        sections += ["**SYNTHETIC data**: simulated cells of invented genes. The numbers show that the kit "
-                     "works and say nothing about biology."]
-    sections += [f"Compared on {len(test.rows)} held-out conditions and {len(test.genes):,} genes.",
-                 *verdict(outcome)]
-    baselines = [f"- `{name}`: {what}" for name, what in BASELINES.items()]
-    baselines += [f"- `{CEILING}`: no prediction; half of a condition's cells scored as if they predicted "
-                  "the other half. With few cells both are noisy, and a good model can be above it."]
-    vectors = ", ".join(file.name for file in outcome.ridge_files.values()) or "none"
-    sections += [EXPLANATION + "\n" + "\n".join(baselines), f"Vectors of the ridge regressions: {vectors}.",
-                 "![The split](split.png)"]
-
-    n_seeds = [summary[name, "all", "mse_all"][2] if name in outcome.models else "–" for name in names]
+    text, rivals = verdict(outcome)
+    n_seeds = [outcome.summary[name, "all", "mse_all"][2] if name in outcome.models else "–"
+               for name in outcome.names]
     columns = {heading: marked_column(outcome, "all", metric) for metric, heading in METRICS.items()}
-    paper = {}
-    if args.dataset in PAPER_DATASETS:
-        first = 4 * PAPER_DATASETS.index(args.dataset)
-        paper = paper_rows(PAPER, slice(first, first + 4))
-    headings = [METRICS[metric] for metric in PAPER_METRICS]
-    sections += ["## All test conditions",
-                 table_with_paper(names, {"seeds": n_seeds, **columns}, paper, headings)]
-    for metric in (MAIN_METRIC, "mse_top20"):
-        columns = {f"{group} ({n})": marked_column(outcome, group, metric)
-                   for group, n in test.groups.items()}
-        has_paper = args.dataset == "norman" and metric == MAIN_METRIC
-        paper = paper_rows(PAPER_BY_SUBGROUP) if has_paper else {}
-        sections += [f"## By subgroup: {METRICS[metric]}",
-                     table_with_paper(names, columns, paper, PAPER_SUBGROUPS)]
-
-    n_test = len(test.rows)
-    table = [[name, *(f"{share:.2f}" for share in shares)] for name, shares in outcome.found_first.items()]
-    table.append(["chance", *(f"{min(1, k / n_test):.2f}" for k in TOP_K)])
-    sections += ["## Which perturbation was it?",
-                 f"The reverse question: the measured change of a test condition ranks all {n_test} "
-                 "predicted changes by correlation. Share of conditions whose own prediction is among the "
-                 "first 1, 5 and 10:",
-                 markdown_table(["model", *(f"first {k}" for k in TOP_K)], table)]
-
-    header = ["model", "seed", "best epoch", "validation MSE", "parameters", "SHA-256 of its file"]
-    table = [[run.name, run.seed, run.config.get("best_epoch", "–"),
-              number(run.config.get("best_val_mse", math.nan)), run.config.get("n_parameters", "–"),
-              shared.checksum(run.path)] for run in outcome.runs]
-    sections += ["![Bars by subgroup](subgroups.png)"]
-    if best_model(outcome):
-        sections += ["![Predicted against measured change, of the best model](scatter.png)"]
-    sections += ["## Runs", markdown_table(header, table),
-                 "![Training](training.png)" * any(run.config for run in outcome.runs),
-                 f"Control cells a condition: {args.controls or 'as many as it has cells'}, drawn with seed "
-                 f"{args.seed}, the same for all models."]
-    shared.write_text(path, "\n\n".join(filter(None, sections)) + "\n")
+    paper = paper_rows(PAPER, PAPER_COLUMNS[args.dataset]) if args.dataset in PAPER_COLUMNS else {}
+    paper_by_subgroup = paper_rows(PAPER_BY_SUBGROUP) if args.dataset == "norman" else {}
+    found = [[name, *(f"{share:.2f}" for share in shares)] for name, shares in outcome.found_first.items()]
+    runs = [[run.name, run.seed, run.config.get("best_epoch", "–"),
+             number(run.config.get("best_val_mse", math.nan)), run.config.get("n_parameters", "–"),
+             shared.checksum(run.path)] for run in outcome.runs]
+    report = REPORT.format(
+        dataset=args.dataset,
+        synthetic=SYNTHETIC if data.synthetic else "",
+        n_conditions=len(test.rows),
+        n_genes=len(test.genes),
+        verdict=text,
+        rivals=rivals,
+        vectors=", ".join(file.name for file in outcome.ridge_files.values()) or "none",
+        all_conditions=table_with_paper(outcome.names, {"seeds": n_seeds, **columns}, paper,
+                                        [METRICS[metric] for metric in PAPER_METRICS]),
+        pearson_by_subgroup=table_by_subgroup(outcome, test.groups, MAIN_METRIC, paper_by_subgroup),
+        mse_by_subgroup=table_by_subgroup(outcome, test.groups, "mse_top20", {}),
+        found_first=markdown_table(["model", "first 1", "first 5", "first 10"], found),
+        scatter="![Predicted against measured change, of the best model](scatter.png)" if rivals else "",
+        runs=markdown_table(["model", "seed", "best epoch", "validation MSE", "parameters",
+                             "SHA-256 of its file"], runs),
+        training="![Training](training.png)" if any(run.config for run in outcome.runs) else "",
+        n_controls=args.controls or "as many as it has cells",
+        seed=args.seed)
+    shared.write_text(path, re.sub("\n{3,}", "\n\n", report))  # where a part is empty
 
 
 def count_subgroups(subgroups):
@@ -863,8 +894,7 @@ def draw_bars(path, outcome, groups, title):
     """Draw bars with 95% intervals: Pearson delta and squared error on the top 20 genes, by subgroup (the
     paper's Figures 10 and 14 to 16). Of the ridge regressions only the best is shown."""
     ridges = [name for name in outcome.names if name.startswith("ridge_")]
-    best_ridge = max(ridges, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
-    names = [name for name in outcome.names if name not in ridges or name == best_ridge]
+    names = [name for name in outcome.names if name not in ridges or name == best_of(ridges, outcome)]
     figure = shared.new_figure(min(max(6.5, 1.2 + 0.22 * len(names) * len(groups)), 30), 7.5, title)
     upper, lower = figure.subplots(2, 1)
     draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
@@ -1680,7 +1710,7 @@ def evaluate(args, data, runs, ridge_files, machine):
     profiles += external
     models = list(dict.fromkeys(name for name, *_ in profiles))
     outcome = compare(itertools.chain(profiles, all_baselines(data, test, ridge_files)), models, test)
-    outcome.trained, outcome.runs, outcome.ridge_files = {run.name for run in runs}, runs, ridge_files
+    outcome.runs, outcome.ridge_files = runs, ridge_files
 
     header = ("model", "seed", "condition", "subgroup", "metric", "value")
     write_csv(results / "metrics.csv", header, outcome.rows)
@@ -1694,8 +1724,8 @@ def evaluate(args, data, runs, ridge_files, machine):
               "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
     if best := best_model(outcome):
         draw_scatter(results / "scatter.png", best, outcome, profiles, test)
-    if logged := [run for run in runs if run.path.with_name("log.csv").exists() and run.config]:
-        draw_training(results / "training.png", logged, f"{label}: training")
+    if trained := [run for run in runs if run.config]:
+        draw_training(results / "training.png", trained, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
 
     print_table(outcome, test, data)

@@ -976,8 +976,8 @@ def outcome(**models):
     summary = {(name, "all", metric): (np.mean(values), 0.05, 3)
                for name, values in models.items() for metric in ("pearson_delta_top20", "mse_top20")}
     trained = [name for name in models if name not in ("non-ctrl-mean", "ridge")]
-    return SimpleNamespace(rows=rows, summary=summary, names=list(models), models=trained, trained=trained,
-                           unranked={})
+    return SimpleNamespace(rows=rows, summary=summary, names=list(models), models=trained, unranked={},
+                           runs=[SimpleNamespace(name=name) for name in trained])
 
 
 def test_the_verdict_compares_the_best_model_with_its_rivals(evaluation):
