@@ -734,8 +734,8 @@ Compared on {n_conditions} held-out conditions and {n_genes:,} genes.
 
 {rivals}
 
-Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second
-best*. **Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
+Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second best*.
+**Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
 genes or on the 20 that are most differentially expressed; 1 is perfect, 0 tells nothing. **MSE** is the mean
 squared error of log-normalized expression. **Pearson Systema** takes the change from the mean of the training
 perturbations instead, and **centroid accuracy** is the share of other conditions that are farther from a
@@ -791,8 +791,8 @@ correlation. Share of conditions whose own prediction is among the first 1, 5 an
 
 Control cells a condition: {n_controls}, drawn with seed {seed}, the same for all models.
 """
-SYNTHETIC = ("**SYNTHETIC data**: simulated cells of invented genes. The numbers show that the kit works and say "
-             "nothing about biology.")
+SYNTHETIC = ("**SYNTHETIC data**: simulated cells of invented genes. The numbers show that the kit works and "
+             "say nothing about biology.")
 
 
 def write_report(path, args, data, test, outcome):
@@ -885,9 +885,8 @@ def bar_style(name, models, others):
         return {"color": "white", "edgecolor": "black"}
     if name in others:
         return {"color": str(0.3 + 0.6 * others.index(name) / len(others))}
-    round_of_colors, i = divmod(models.index(name), len(shared.COLORS))
-    hatch = ("", "//", "..", "xx")[round_of_colors % 4]
-    return {"color": shared.COLORS[i], "edgecolor": "white", "hatch": hatch}
+    n_rounds, i = divmod(models.index(name), len(shared.COLORS))
+    return {"color": shared.COLORS[i], "edgecolor": "white", "hatch": ("", "//", "..", "xx")[n_rounds % 4]}
 
 
 def draw_bars(path, outcome, groups, title):
@@ -897,17 +896,15 @@ def draw_bars(path, outcome, groups, title):
     names = [name for name in outcome.names if name not in ridges or name == best_of(ridges, outcome)]
     figure = shared.new_figure(min(max(6.5, 1.2 + 0.22 * len(names) * len(groups)), 30), 7.5, title)
     upper, lower = figure.subplots(2, 1)
+    upper.set_ylabel("Pearson Δ, top 20 DE genes")
     draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
+    lower.set_ylabel("MSE, top 20 DE genes")
     draw_bar_panel(lower, outcome, names, groups, "mse_top20")
 
     # Intervals over two seeds can be huge: clip the axes
-    low, high = upper.get_ylim()
-    upper.set_ylim(max(low, -1.05), min(high, 1.05))
-    largest = np.nanmax([value_of(outcome.summary, name, group, "mse_top20")[0]
-                         for name in names for group in groups])
+    upper.set_ylim(*np.clip(upper.get_ylim(), -1.05, 1.05))
+    largest = np.nanmax([bar.get_height() for bar in lower.patches])
     lower.set_ylim(0, min(lower.get_ylim()[1], 1.5 * largest))
-    upper.set_ylabel("Pearson Δ, top 20 DE genes")
-    lower.set_ylabel("MSE, top 20 DE genes")
     add_legend(figure)
     shared.save_figure(figure, path)
 
@@ -915,40 +912,37 @@ def draw_bars(path, outcome, groups, title):
 def draw_bar_panel(axes, outcome, names, groups, metric):
     """Draw the bars of one metric, a group of models a subgroup."""
     others = [name for name in names if name not in outcome.models]
+    x, width = np.arange(len(groups)), 0.85 / len(names)
     for i, name in enumerate(names):
-        values = np.array([value_of(outcome.summary, name, group, metric) for group in groups])
-        means, half_widths = values.T
-        x = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * 0.85 / len(names)
-        axes.bar(x, means, 0.8 / len(names), label=name, capsize=2, error_kw={"lw": 1},
-                 yerr=None if np.isnan(half_widths).all() else half_widths,
+        values = [value_of(outcome.summary, name, group, metric) for group in groups]
+        means, half_widths = np.transpose(values)
+        axes.bar(x + (i - (len(names) - 1) / 2) * width, means, 0.94 * width, label=name, capsize=2,
+                 error_kw={"lw": 1}, yerr=None if np.isnan(half_widths).all() else half_widths,
                  **bar_style(name, outcome.models, others))
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(-0.5, len(groups) - 0.5)
-    axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
+    axes.set_xticks(x, [group.replace("_", " ") for group in groups])
 
 
 def draw_scatter(path, name, outcome, profiles, test):
-    """Draw a model's predicted against the measured change of every gene, the top 20 in colour: for the three
-    test conditions that it predicts best, three in the middle, and the three worst."""
+    """Draw a model's predicted against the measured change of every gene, the top 20 in colour, for nine test
+    conditions from the one that it predicts best to the worst."""
     predicted = np.mean([of_seed for model_name, _, of_seed, _ in profiles if model_name == name], axis=0)
-    value_of_condition = by_condition(outcome.rows, MAIN_METRIC)[name]
-    order = sorted(range(len(test.names)), key=lambda i: -value_of_condition[test.names[i]])
-    n, middle = len(order), len(order) // 2
-    chosen = np.unique(np.r_[0:3, middle - 1:middle + 2, n - 3:n].clip(0, n - 1))
-    n_rows = math.ceil(len(chosen) / 3)
-    title = f"{name}: change of each gene, top 20 in colour\nbest, middle and worst predicted conditions"
+    pearson = by_condition(outcome.rows, MAIN_METRIC)[name]
+    order = sorted(range(len(test.names)), key=lambda i: -pearson[test.names[i]])
+    ranks = np.linspace(0, len(order) - 1, min(9, len(order))).round().astype(int)
+    n_rows = math.ceil(len(ranks) / 3)
+    title = f"{name}: change of each gene, top 20 in colour\nfrom the best to the worst predicted condition"
     figure = shared.new_figure(9, 0.8 + 2.8 * n_rows, title)
-    for axes, place in itertools.zip_longest(figure.subplots(n_rows, 3, squeeze=False).flat, chosen):
-        if place is None:
-            axes.set_axis_off()
-            continue
-        i = order[place]
+    for place, rank in enumerate(ranks, 1):
+        i = order[rank]
         x, y = test.true[i] - test.ctrl, predicted[i] - test.ctrl
         top = test.de_idx[i][test.de_idx[i] >= 0]
+        axes = figure.add_subplot(n_rows, 3, place)
         axes.axline((0, 0), slope=1, color="black", lw=0.5)
         axes.scatter(x, y, s=4, color=shared.GREY)
         axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
-        axes.set_title(f"{test.names[i]}: Pearson Δ {value_of_condition[test.names[i]]:.2f}", fontsize=9)
+        axes.set_title(f"{test.names[i]}: Pearson Δ {pearson[test.names[i]]:.2f}", fontsize=9)
     figure.supxlabel("measured change")
     figure.supylabel("predicted change")
     shared.save_figure(figure, path)
