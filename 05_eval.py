@@ -610,7 +610,7 @@ def number(mean, half_width=math.nan, metric=MAIN_METRIC):
     if math.isnan(mean):
         return ""
     digits = 3
-    size = abs(mean) if math.isnan(half_width) else max(abs(mean), half_width)
+    size = np.fmax(abs(mean), half_width)  # the larger, or the one that is not NaN
     if metric.startswith("mse") and 0 < size < 0.1:
         digits = min(2 - math.floor(math.log10(size)), 7)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
@@ -625,13 +625,9 @@ def markdown_table(header, rows):
     """A Markdown table whose columns also line up in a terminal."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for row in cells:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append(f"| {' | '.join(padded)} |")
-    rule = "|".join("-" * (width + 2) for width in widths)
-    lines.insert(1, f"|{rule}|")
-    return "\n".join(lines)
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [" | ".join(map(str.ljust, row, widths)) for row in cells]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def marked_column(outcome, group, metric):
@@ -864,16 +860,13 @@ def print_table(outcome, test, data):
 
 def draw_split(path, data, title):
     """Draw the conditions of the split by subgroup (the paper's Figure 7)."""
-    labels, sizes, colors = [], [], []
+    n_bars = len(set(zip(data.split, data.subgroup))) - 1  # none for the control cells
+    figure = shared.new_figure(6.5, 0.6 + 0.35 * n_bars, title)
+    axes = figure.subplots()
     for part, color in zip(("train", "val", "test"), shared.COLORS):
         groups = count_subgroups(data.subgroup[data.split == part])
-        labels += [f"{part} {group.replace('_', ' ')}".strip() for group in groups]
-        sizes += groups.values()
-        colors += [color] * len(groups)
-    figure = shared.new_figure(6.5, 0.6 + 0.35 * len(labels), title)
-    axes = figure.subplots()
-    axes.bar_label(axes.barh(range(len(labels)), sizes, color=colors), padding=3)
-    axes.set_yticks(range(len(labels)), labels)
+        labels = [f"{part} {group.replace('_', ' ')}".strip() for group in groups]
+        axes.bar_label(axes.barh(labels, list(groups.values()), color=color), padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("conditions")
     shared.save_figure(figure, path)
@@ -1733,8 +1726,7 @@ def print_next(args, data, runs):
         own = SimpleNamespace(dataset=args.dataset, root=args.root,
                               vocab="none" if data.vocab == "own genes" else None)
         print(f"next, to train: {prepare.next_command(own)}")
-    unseen = [targets[0] for targets in targets_at(data, np.flatnonzero(data.subgroup == "unseen_single"))]
-    singles = data.genes[unseen[:2]]
+    singles = data.genes[data.targets[data.subgroup == "unseen_single", 0]][:2]
     if len(singles) == 2:
         print(f"next: {shared.command('05_eval.py', args, '--predict', *singles, '+'.join(singles))}")
     if args.dataset == "demo" and runs:
