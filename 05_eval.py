@@ -286,23 +286,18 @@ def predict_run(run, args, data, test, machine):
     if not all(shared.is_current(output, made, args.force) for output in outputs):
         started = time.perf_counter()
         means, blocks = predict_means(run, data, test, machine, args.cells)
-        write_means(path, made, run, means, data, test)
+        obs = {
+            "condition": test.names,
+            "subgroup": test.subgroups,
+            "model": [run.name] * len(means),
+            "seed": [run.seed] * len(means),
+            "n_controls": [len(cells) for cells in test.controls]}
+        prepare.write_h5ad(path, made, means, obs, test.genes, describe(data, "predicted means"), test.ctrl)
         if args.cells:
             write_predicted_cells(cells_path, made, run, blocks, data, test)
         print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {path}")
     with shared.read_h5(path) as file:
         return file["X"][:]
-
-
-def write_means(path, made, run, means, data, test):
-    """Write a run's mean predicted profiles (P, G) of the test conditions."""
-    obs = {
-        "condition": test.names,
-        "subgroup": test.subgroups,
-        "model": [run.name] * len(means),
-        "seed": [run.seed] * len(means),
-        "n_controls": [len(cells) for cells in test.controls]}
-    prepare.write_h5ad(path, made, means, obs, test.genes, describe(data, "predicted means"), test.ctrl)
 
 
 def write_predicted_cells(path, made, run, blocks, data, test):
@@ -616,9 +611,9 @@ def number(mean, half_width=math.nan, metric=MAIN_METRIC):
     return f"{mean:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
 
 
-def value_of(summary, name, group, metric):
+def value_of(outcome, name, group, metric):
     """Mean and half width of a model's interval; NaN where it has none."""
-    return summary.get((name, group, metric), (math.nan, math.nan))[:2]
+    return outcome.summary.get((name, group, metric), (math.nan, math.nan))[:2]
 
 
 def markdown_table(header, rows):
@@ -632,7 +627,7 @@ def markdown_table(header, rows):
 
 def marked_column(outcome, group, metric):
     """A column: each model's number, of those that are ranked the best in bold, the second in italics."""
-    texts = {name: number(*value_of(outcome.summary, name, group, metric), metric) for name in outcome.names}
+    texts = {name: number(*value_of(outcome, name, group, metric), metric) for name in outcome.names}
     printed = {name: float(text.split()[0]) for name, text in texts.items()
                if text and name != CEILING and name not in outcome.unranked}
     ranked = sorted(set(printed.values()), reverse=not metric.startswith("mse"))
@@ -668,7 +663,7 @@ def table_by_subgroup(outcome, groups, metric, paper):
 
 def best_of(names, outcome):
     """The one of these models with the highest main metric; None if there are none."""
-    return max(names, key=lambda name: outcome.summary[name, "all", MAIN_METRIC][0], default=None)
+    return max(names, key=lambda name: value_of(outcome, name, "all", MAIN_METRIC)[0], default=None)
 
 
 def best_model(outcome):
@@ -683,7 +678,7 @@ def best_baseline(outcome):
 
 def verdict(outcome):
     """What came out: a few sentences, and a table of the best model beside its rivals (Markdown)."""
-    summary, best = outcome.summary, best_model(outcome)
+    best = best_model(outcome)
     reasons = "; ".join(f"{name} ({reason})" for name, reason in outcome.unranked.items())
     reasons = f" Not ranked: {reasons}." if reasons else ""
     if best is None:
@@ -694,27 +689,27 @@ def verdict(outcome):
     shuffled = f"{variant}-shuffled{comma}{labels}"
     candidates = ["non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
     rivals = [name for name in dict.fromkeys(candidates) if name != best and name in outcome.names]
+    pearson = {name: value_of(outcome, name, "all", MAIN_METRIC) for name in (best, *rivals)}
+    mse = {name: value_of(outcome, name, "all", "mse_top20") for name in (best, *rivals)}
     values = by_condition(outcome.rows, MAIN_METRIC)
     table = []
-    for name in (best, *rivals):
+    for name in pearson:
         both = values[best].keys() & values[name].keys()
         n_better = sum(values[best][condition] > values[name][condition] for condition in both)
-        table.append([name, number(*value_of(summary, name, "all", MAIN_METRIC)),
-                      number(*value_of(summary, name, "all", "mse_top20"), "mse"),
+        table.append([name, number(*pearson[name]), number(*mse[name], "mse"),
                       "" if name == best else f"{n_better} of {len(values[best])}"])
     header = ["model", "Pearson Δ top 20", "MSE top 20", f"{best} better in"]
 
     # In words
-    main_value = {name: summary[name, "all", MAIN_METRIC][0] for name in (best, *rivals)}
-    beats = "beats" if main_value[best] > main_value["non-ctrl-mean"] else "does NOT beat"
+    above = [name for name in rivals if pearson[name][0] >= pearson[best][0]]
+    beats = "does NOT beat" if "non-ctrl-mean" in above else "beats"
     text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({table[0][1]}), {beats} the mean of "
             f"the training perturbations ({table[1][1]}).")
-    if summary[best, "all", "mse_top20"][0] > summary["non-ctrl-mean", "all", "mse_top20"][0]:
+    if mse[best][0] > mse["non-ctrl-mean"][0]:
         text += " Its squared error on these genes is larger, though."
-    above = [name for name in rivals if main_value[name] >= main_value[best]]
     if above:
         text += f" It is not above {' and '.join(above)}."
-    if any(summary[run.name, "all", MAIN_METRIC][2] < 2 for run in outcome.runs):
+    if any(outcome.summary[run.name, "all", MAIN_METRIC][2] < 2 for run in outcome.runs):
         text += " One seed has no interval: train several (04 --seed 42 23 89) before you trust a gap."
     return text + reasons, markdown_table(header, table)
 
@@ -842,7 +837,7 @@ def print_table(outcome, test, data):
         header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in shown_groups)]
         rows = [["(conditions)", *(test.groups[group] for group in shown_groups)]]
         for name in names:
-            values = [value_of(outcome.summary, name, group, MAIN_METRIC) for group in shown_groups]
+            values = [value_of(outcome, name, group, MAIN_METRIC) for group in shown_groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
             rows.append([variant, *(number(*value[:n_values]) for value in values)])
             rows += [[f"  {label}", *([""] * len(shown_groups))] for label in labels]
@@ -907,7 +902,7 @@ def draw_bar_panel(axes, outcome, names, groups, metric):
     others = [name for name in names if name not in outcome.models]
     x, width = np.arange(len(groups)), 0.85 / len(names)
     for i, name in enumerate(names):
-        values = [value_of(outcome.summary, name, group, metric) for group in groups]
+        values = [value_of(outcome, name, group, metric) for group in groups]
         means, half_widths = np.transpose(values)
         axes.bar(x + (i - (len(names) - 1) / 2) * width, means, 0.94 * width, label=name, capsize=2,
                  error_kw={"lw": 1}, yerr=None if np.isnan(half_widths).all() else half_widths,
