@@ -833,14 +833,14 @@ def print_table(outcome, test, data):
     names = outcome.names
     if outcome.models:
         names = dict.fromkeys([*outcome.models, "non-ctrl-mean", best_baseline(outcome), "no-change"])
-    for shown_groups, n_values in ((test.groups, 2), (test.groups, 1), (["all"], 2)):
-        header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in shown_groups)]
-        rows = [["(conditions)", *(test.groups[group] for group in shown_groups)]]
+    for groups, n_values in ((test.groups, 2), (test.groups, 1), (["all"], 2)):
+        header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in groups)]
+        rows = [["(conditions)", *(test.groups[group] for group in groups)]]
         for name in names:
-            values = [value_of(outcome, name, group, MAIN_METRIC) for group in shown_groups]
+            values = [number(*value_of(outcome, name, group, MAIN_METRIC)[:n_values]) for group in groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
-            rows.append([variant, *(number(*value[:n_values]) for value in values)])
-            rows += [[f"  {label}", *([""] * len(shown_groups))] for label in labels]
+            rows.append([variant, *values])
+            rows += [[f"  {label}", *([""] * len(groups))] for label in labels]
         table = markdown_table(header, rows)
         if table.index("\n") <= width:
             break
@@ -916,21 +916,21 @@ def draw_scatter(path, name, outcome, profiles, test):
     """Draw a model's predicted against the measured change of every gene, the top 20 in colour, for nine test
     conditions from the one that it predicts best to the worst."""
     predicted = np.mean([of_seed for model_name, _, of_seed, _ in profiles if model_name == name], axis=0)
-    pearson = by_condition(outcome.rows, MAIN_METRIC)[name]
-    order = sorted(range(len(test.names)), key=lambda i: -pearson[test.names[i]])
-    ranks = np.linspace(0, len(order) - 1, min(9, len(order))).round().astype(int)
-    n_rows = math.ceil(len(ranks) / 3)
+    of_condition = by_condition(outcome.rows, MAIN_METRIC)[name]
+    pearson = np.array([of_condition[condition] for condition in test.names])
+    order = np.argsort(-pearson, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, min(9, len(order))).astype(int)]
+    n_rows = math.ceil(len(chosen) / 3)
     title = f"{name}: change of each gene, top 20 in colour\nfrom the best to the worst predicted condition"
     figure = shared.new_figure(9, 0.8 + 2.8 * n_rows, title)
-    for place, rank in enumerate(ranks, 1):
-        i = order[rank]
+    for place, i in enumerate(chosen, 1):
         x, y = test.true[i] - test.ctrl, predicted[i] - test.ctrl
         top = test.de_idx[i][test.de_idx[i] >= 0]
         axes = figure.add_subplot(n_rows, 3, place)
         axes.axline((0, 0), slope=1, color="black", lw=0.5)
         axes.scatter(x, y, s=4, color=shared.GREY)
         axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
-        axes.set_title(f"{test.names[i]}: Pearson Δ {pearson[test.names[i]]:.2f}", fontsize=9)
+        axes.set_title(f"{test.names[i]}: Pearson Δ {pearson[i]:.2f}", fontsize=9)
     figure.supxlabel("measured change")
     figure.supylabel("predicted change")
     shared.save_figure(figure, path)
