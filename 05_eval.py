@@ -152,7 +152,7 @@ PAPER_SUBGROUPS = ("unseen_single", "combo_seen0", "combo_seen1", "combo_seen2")
 
 def fetch_released(variant, args):
     """Download a variant that the authors fine-tuned on this dataset; returns the paths. File names follow no
-    rule: the bucket is asked for the list."""
+    rule, so the bucket is asked for a list."""
     with shared.request(BUCKET, params={"list-type": 2, "prefix": FINETUNED}) as response:
         keys = re.findall(rf"<Key>{FINETUNED}([\w+-]+/[\w-]+/[\w.+-]+\.pt)</Key>", response.text)
     found = [key for key in keys if key.startswith(f"{variant}/{args.dataset}/")]
@@ -434,7 +434,7 @@ def halves(data, rows, draw):
         cells = rng.permutation(np.flatnonzero(data.cell_condition == row))
         if len(cells) > 1:
             for half, chosen in enumerate(np.array_split(cells, 2)):
-                means[half, i] = np.asarray(data.X[chosen].mean(axis=0)).ravel()
+                means[half, i] = data.X[chosen].mean(axis=0)
     return means
 
 
@@ -535,9 +535,9 @@ def score(name, seed, predicted, true, test):
     scored = np.flatnonzero(np.isfinite(predicted + true).all(1))
     scores = metrics.evaluate(predicted[scored], true[scored], test.ctrl, test.de_idx[scored])
     scores |= metrics.evaluate_specific(predicted[scored], true[scored], test.perturbed_mean)
-    values = [(test.names[p], test.subgroups[p], metric, float(scores[metric][i]))
-              for i, p in enumerate(scored) for metric in METRICS]
-    return [(name, seed, *value) for value in values if not math.isnan(value[-1])]
+    rows = [(name, seed, test.names[p], test.subgroups[p], metric, float(scores[metric][i]))
+            for i, p in enumerate(scored) for metric in METRICS]
+    return [row for row in rows if not math.isnan(row[-1])]  # centroid accuracy of a single condition
 
 
 def summarize(rows):
@@ -882,7 +882,7 @@ def draw_bars(path, outcome, groups, title):
     paper's Figures 10 and 14 to 16). Of the ridge regressions only the best is shown."""
     ridges = [name for name in outcome.names if name.startswith("ridge_")]
     names = [name for name in outcome.names if name not in ridges or name == best_of(ridges, outcome)]
-    figure = shared.new_figure(min(max(6.5, 1.2 + 0.22 * len(names) * len(groups)), 30), 7.5, title)
+    figure = shared.new_figure(np.clip(1.2 + 0.22 * len(names) * len(groups), 6.5, 30), 7.5, title)
     upper, lower = figure.subplots(2, 1)
     upper.set_ylabel("Pearson Δ, top 20 DE genes")
     draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
@@ -902,11 +902,9 @@ def draw_bar_panel(axes, outcome, names, groups, metric):
     others = [name for name in names if name not in outcome.models]
     x, width = np.arange(len(groups)), 0.85 / len(names)
     for i, name in enumerate(names):
-        values = [value_of(outcome, name, group, metric) for group in groups]
-        means, half_widths = np.transpose(values)
+        means, half_widths = np.transpose([value_of(outcome, name, group, metric) for group in groups])
         axes.bar(x + (i - (len(names) - 1) / 2) * width, means, 0.94 * width, label=name, capsize=2,
-                 error_kw={"lw": 1}, yerr=None if np.isnan(half_widths).all() else half_widths,
-                 **bar_style(name, outcome.models, others))
+                 yerr=half_widths, error_kw={"lw": 1}, **bar_style(name, outcome.models, others))
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks(x, [group.replace("_", " ") for group in groups])
@@ -1669,11 +1667,11 @@ def parse_arguments(words=None):
 
 def check_names(runs, ridge_files, external):
     """End the run where two models would have the same name in the tables."""
-    others = [*BASELINES, CEILING, *(f"ridge_{source}" for source in ridge_files)]
-    others += [item.split("=")[0] for item in external]
-    names = [f"{run.name}, seed {run.seed}" for run in runs] + others
+    names = [*BASELINES, CEILING, *(f"ridge_{source}" for source in ridge_files)]
+    names += [item.split("=")[0] for item in external]
+    names += dict.fromkeys(run.name for run in runs)
+    names += [f"{run.name}, seed {run.seed}" for run in runs]
     clash = [name for name in names if names.count(name) > 1]
-    clash += [run.name for run in runs if run.name in others]
     if clash:
         sys.exit(f"error: two models are called {clash[0]}; rename one: --run NAME=FILE.pt, "
                  "--external NAME=FILE.h5ad")
@@ -1686,8 +1684,8 @@ def evaluate(args, data, runs, ridge_files, machine):
     print(f"{len(test.rows)} test conditions, {len(test.genes):,} genes, {sum(map(len, test.controls)):,} "
           "control cells to predict from")
 
-    # Mean profiles: (model, seed, predicted (P, G), true (P, G))
-    external = [read_external(item, data, test, args) for item in args.external]  # its errors come early
+    # Mean profiles: (model, seed, predicted (P, G), true (P, G)); first those that may be in error
+    external = [read_external(item, data, test, args) for item in args.external]
     profiles = [(run.name, run.seed, predict_run(run, args, data, test, machine), test.true) for run in runs]
     profiles += external
     models = list(dict.fromkeys(name for name, *_ in profiles))
@@ -1706,8 +1704,8 @@ def evaluate(args, data, runs, ridge_files, machine):
               "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
     if best := best_model(outcome):
         draw_scatter(results / "scatter.png", best, outcome, profiles, test)
-    if trained := [run for run in runs if run.config]:
-        draw_training(results / "training.png", trained, f"{label}: training")
+    if logged := [run for run in runs if run.config and run.path.with_name("log.csv").exists()]:
+        draw_training(results / "training.png", logged, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
 
     print_table(outcome, test, data)
