@@ -965,11 +965,9 @@ def read_perturbations(args, data):
     for item in args.predict:
         if item == "all-singles":
             labels += list(data.genes)
-        elif Path(item).is_file():
+        elif Path(item).is_file() or item.endswith((".txt", ".tsv", ".csv")):
             lines = [line.strip() for _, line in shared.read_lines(item)]
             labels += [line for line in lines if line and not line.startswith("#")]
-        elif item.endswith((".txt", ".tsv", ".csv")):
-            sys.exit(f"error: --predict {item}: no such file")
         else:
             labels.append(item)
     if not labels:
@@ -1041,19 +1039,18 @@ def nearest(gene, genes, vocab):
 
 def add_genes(data, wanted, vocab):
     """Let genes that the dataset lacks join it as unmeasured ones, listed in data.new_genes."""
-    used = dict.fromkeys(gene for genes in wanted.values() for gene in genes)
+    used = dict.fromkeys(itertools.chain.from_iterable(wanted.values()))
     known = set(data.genes)
     data.new_genes = [gene for gene in used if gene not in known]
     if data.new_genes:
         n = len(data.new_genes)
         print(f"not in the dataset, added as unmeasured genes: {shown(data.new_genes)}")
-        data.genes = np.concatenate([data.genes, np.array(data.new_genes, dtype=object)])
-        data.token_ids = np.concatenate([data.token_ids, [vocab[gene] for gene in data.new_genes]])
-        data.measured = np.concatenate([data.measured, np.zeros(n, dtype=bool)])
+        data.genes = np.append(data.genes, data.new_genes)
+        data.token_ids = np.append(data.token_ids, [vocab[gene] for gene in data.new_genes])
+        data.measured = np.pad(data.measured, (0, n))
         data.mean = np.pad(data.mean, ((0, 0), (0, n)))
         data.X.shape = len(data.cell_condition), len(data.genes)
-    token_of = dict(zip(data.genes, data.token_ids))
-    without_token = [gene for gene in used if token_of[gene] == data.pad_id]
+    without_token = [gene for gene in data.genes[data.token_ids == data.pad_id] if gene in used]
     if without_token:
         print(f"not in the vocabulary, so that models cannot tell them apart: {shown(without_token)}")
 
@@ -1062,26 +1059,25 @@ def add_language(net, run, data, args):
     """Give a model the language vectors of data.new_genes, from the files that its run was trained with."""
     if not data.new_genes or not net.config.languages:
         return
-    token_ids = data.token_ids[-len(data.new_genes):]
-    is_missing = (net.language_rows[token_ids] < 0).numpy()
-    if not is_missing.any():  # a released model has a row for the whole vocabulary
+    new = zip(data.new_genes, data.token_ids[-len(data.new_genes):])
+    token_of = {gene: token_id for gene, token_id in new if net.language_rows[token_id] < 0}
+    if not token_of:  # a released model has a row for the whole vocabulary
         return
-    genes_missing = np.array(data.new_genes, dtype=object)[is_missing]
     files = run.config.get("embeddings", {})
     vectors = {}
     for source in net.config.languages:
         if source not in files:
-            sys.exit(f"error: --predict: {run.path} has no vector for {shown(genes_missing)}; name its run, "
+            sys.exit(f"error: --predict: {run.path} has no vector for {shown(list(token_of))}; name its run, "
                      "not its file")
         folder = args.root / "data" / shared.space_of(args.dataset) / "embeddings"
         genes, of_genes = embed.read_embeddings(folder / files[source])
         row_of = {gene: row for row, gene in enumerate(genes)}
-        without = [gene for gene in genes_missing if gene not in row_of]
+        without = [gene for gene in token_of if gene not in row_of]
         if without:
             sys.exit(f"error: --predict: {files[source]} has no vector for {shown(without)}, needed by "
                      f"{run.name}; choose other models with --run")
-        vectors[source] = of_genes[[row_of[gene] for gene in genes_missing]]
-    net.add_language(token_ids[is_missing], vectors)
+        vectors[source] = of_genes[[row_of[gene] for gene in token_of]]
+    net.add_language(list(token_of.values()), vectors)
 
 
 def read_own_cells(path, args, data):
@@ -1090,8 +1086,6 @@ def read_own_cells(path, args, data):
 
     Cells on another scale than the dataset's, by the totals over the genes in common, are brought to it.
     """
-    if not path.is_file():
-        sys.exit(f"error: {path}: no such file")
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
         X, genes = prepare.read_cells(h5ad, args, path)
     column_of = {gene: column for column, gene in enumerate(genes)}
@@ -1117,8 +1111,9 @@ def read_own_cells(path, args, data):
 
 def choose_cells(data, wanted, args):
     """The cells to predict from, drawn from the screen's control cells or from --controls-from, as a
-    namespace: screen, the dataset; kept (its G genes), a mask of those that count; data, the dataset over
-    these; control (N, genes) the cells; baseline (genes,) their mean; ctrl (genes,) that of the screen's.
+    namespace: control (N, G) their expression, baseline (G,) its mean; data, the dataset over these genes,
+    ctrl (G,) the mean of its own control cells; screen, the whole dataset, gene_idx (G,) the genes' places in
+    it, and conditions_of (see conditions_by_targets).
 
     Of a file's genes those count that the dataset has, too, and the targets, of expression 0 without it.
     """
@@ -1130,15 +1125,23 @@ def choose_cells(data, wanted, args):
         control = data.X[rng.choice(data.ctrl_cells, n_cells)].toarray()
     else:
         X, in_common = read_own_cells(args.controls_from, args, data)
-        targets = {gene for genes in wanted.values() for gene in genes}
-        kept = in_common | np.isin(data.genes.astype(str), list(targets))
+        kept = in_common | np.isin(data.genes.astype(str), list(itertools.chain(*wanted.values())))
         chosen = keep_genes(data, kept)
         chosen.measured = in_common[kept]
         control = np.zeros((n_cells, kept.sum()), dtype=np.float32)
         control[:, chosen.measured] = X[rng.choice(X.shape[0], n_cells)].toarray()
-    return SimpleNamespace(screen=data, kept=kept, data=chosen, control=control,
+    return SimpleNamespace(screen=data, gene_idx=np.flatnonzero(kept), data=chosen, control=control,
                            baseline=control.mean(0, dtype=np.float64),
-                           ctrl=data.mean[data.split == "ctrl"][0].astype(np.float64)[kept])
+                           ctrl=chosen.mean[data.split == "ctrl"][0].astype(np.float64),
+                           conditions_of=conditions_by_targets(data))
+
+
+def conditions_by_targets(data):
+    """{set of targets: [condition, ...]}: the rows of a dataset's conditions, A+ctrl and ctrl+A as one."""
+    found = {}
+    for condition, targets in enumerate(targets_at(data, range(len(data.conditions)))):
+        found.setdefault(frozenset(data.genes[targets]), []).append(condition)
+    return found
 
 
 def keep_genes(data, kept):
@@ -1152,119 +1155,110 @@ def keep_genes(data, kept):
 # ----------------------------------------------------------------------------------------------------------
 # --predict: predicting
 
-def make_study(args, data, runs, ridge_files, machine, folder=None):
-    """Predict the perturbations of --predict with every model: the namespace of choose_cells, and in it
+def predict_wanted(wanted, cells, runs, ridge_files, args, machine, folder=None):
+    """Predict the wanted perturbations, {name: [gene, ...]}, in the cells of choose_cells. Returns the runs,
+    baselines with path None among them, and in each
 
-    wanted {name: [gene, ...]}; genes_of, the same with what is predicted besides: no perturbation (called
-    ""), and the single targets of pairs; row_of {name: its row of changes}; runs {model: [run, ...]}, of path
-    None for a baseline; changes {model: (runs, perturbations, genes) float32}, the mean change from the cells
-    predicted from, NaN where a baseline says nothing; keeps_cells, and if so cells {(name, model): [(cells,
-    genes), ...]}; conditions_of {set of targets: [condition of the screen, ...]}.
+    changes {name: (G,) float32}, the mean change from the cells predicted from: by the wanted ones, the single
+    targets of pairs and, of a trained run, no perturbation, called "". A baseline lacks what it says nothing
+    of;
+    cells {name: (N, G)}, the predicted cells, where figures or --cells need them.
 
-    With `folder`, the changes of trained models lie there on disk, where the same command finds them again.
+    With `folder`, the changes of trained runs lie there on disk, where the same command finds them again.
     """
-    wanted = read_perturbations(args, data)
-    study = choose_cells(data, wanted, args)
-    study.wanted = wanted
-    pairs = [genes for genes in wanted.values() if len(genes) > 1]
-    study.genes_of = {"": []} | {gene: [gene] for genes in pairs for gene in genes} | wanted
-    study.row_of = {name: row for row, name in enumerate(study.genes_of)}
-    study.has_figures = len(wanted) <= MOST_FIGURES
-    study.keeps_cells = study.has_figures or args.cells
-    study.conditions_of = {}
-    for condition, targets in enumerate(targets_at(data, range(len(data.conditions)))):
-        study.conditions_of.setdefault(frozenset(data.genes[targets]), []).append(condition)
-
-    if args.towards:  # read first: a mistake in it would cost hours of predictions
-        study.goal, study.goal_genes, study.goal_targets = read_goal(study, args)
-
-    study.runs, study.cells = {}, {}
-    for run in runs:
-        study.runs.setdefault(run.name, []).append(run)
-    study.changes = {model_name: stored_changes(study, runs_of_model, folder)
-                     for model_name, runs_of_model in study.runs.items()}
-    predict_changes(study, machine, args)
-    if named_baselines(args) or not runs:
-        add_baselines(study, named_baselines(args), ridge_files)
-    if not any(mean_changes(study, name) for name in wanted):
-        sys.exit(f"error: --run {' '.join(study.runs)}: says nothing of {shown(list(wanted))}")
-    print(f"perturbations: {len(wanted):,}; models: {len(study.runs)}; cells for each: {len(study.control)}")
-    return study
+    genes_of = wanted | {gene: [gene] for genes in wanted.values() for gene in genes}
+    keep = wanted if args.cells or len(wanted) <= MOST_FIGURES else {}
+    predict_changes(runs, genes_of | {"": []}, keep, cells, args, machine, folder)
+    names = named_baselines(args)
+    if names or not runs:
+        runs = runs + baseline_runs(names, ridge_files, genes_of, keep, cells)
+    if not any(name in run.changes for run in runs for name in wanted):
+        sys.exit(f"error: --run {' '.join(names)}: says nothing of {shown(list(wanted))}")
+    n_models = len({run.name for run in runs})
+    print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(cells.control)}")
+    return runs
 
 
-def stored_changes(study, runs, folder):
-    """The array (runs, perturbations, genes) for the changes that a model's runs predict, 0 where nothing was
-    predicted yet: in memory, or in a file of `folder` that is named after what decides them. What a call that
-    was interrupted leaves there stays until the same call is finished."""
-    shape = len(runs), len(study.genes_of), len(study.data.genes)
+def stored_changes(run, genes_of, cells, folder):
+    """The array (perturbations, G) for the changes that a run predicts, 0 where nothing was predicted yet: in
+    memory, or in a file of `folder` (run.stored) that is named after what decides them. What a call that was
+    interrupted leaves there stays until the same call is finished."""
+    zeros = np.zeros((len(genes_of), len(cells.data.genes)), dtype=np.float32)
     if folder is None:
-        return np.zeros(shape, dtype=np.float32)
-    inputs = [list(study.data.genes), study.genes_of, [shared.checksum(run.path) for run in runs]]
-    digest = hashlib.sha256(study.control.tobytes() + repr(inputs).encode()).hexdigest()
-    path = folder / f".{runs[0].name}.{digest[:16]}.npy"
-    if not path.exists():
-        with shared.replacing(path) as partial, open(partial, "wb") as file:
-            np.save(file, np.zeros(shape, dtype=np.float32))  # takes its place on the disk before the hours
-    return np.load(path, mmap_mode="r+")
+        return zeros
+    inputs = repr([list(cells.data.genes), genes_of, shared.checksum(run.path)])
+    digest = hashlib.sha256(cells.control.tobytes() + inputs.encode()).hexdigest()
+    run.stored = folder / f".{run.name}.seed{run.seed}.{digest[:16]}.npy"
+    if not run.stored.exists():
+        with shared.replacing(run.stored) as partial, open(partial, "wb") as file:
+            np.save(file, zeros)
+    return np.asarray(np.load(run.stored, mmap_mode="r+"))
 
 
-def predict_changes(study, machine, args):
-    """Fill study.changes with what the trained models predict, and study.cells where they are kept."""
-    data = study.data
+def predict_changes(runs, genes_of, keep, cells, args, machine, folder):
+    """Predict the changes by {name: [gene, ...]} with trained runs, and the cells of the names in `keep`."""
+    data = cells.data
     gene_idx = {gene: i for i, gene in enumerate(data.genes)}
-    n_runs = sum(map(len, study.runs.values()))
-    progress = tqdm(total=n_runs * len(study.genes_of), unit=" predictions", leave=False, disable=None)
-    for model_name, runs in study.runs.items():
-        for run, changes in zip(runs, study.changes[model_name]):
-            net = load_model(run.path, data)
-            add_language(net, run, data, args)
-            net.to(machine.device)
-            for (name, genes), change in zip(study.genes_of.items(), changes):
-                progress.update()
-                if change.all() and not study.keeps_cells:  # by an earlier command, which was interrupted
-                    continue
-                target_idx = [gene_idx[gene] for gene in genes]
-                predicted = predict_cells(net, run.path, data, study.control, target_idx, machine)
-                change[:] = predicted.mean(0, dtype=np.float64) - study.baseline
-                if study.keeps_cells and name in study.wanted:
-                    study.cells.setdefault((name, model_name), []).append(predicted)
+    for run in runs:  # all files before the first prediction: a full disk is noticed before the hours
+        run.changes = dict(zip(genes_of, stored_changes(run, genes_of, cells, folder)))
+        run.cells = {}
+    progress = tqdm(total=len(runs) * len(genes_of), unit=" predictions", leave=False, disable=None)
+    for run in runs:
+        net = load_model(run.path, data)
+        add_language(net, run, data, args)
+        net.to(machine.device)
+        for name, change in run.changes.items():
+            progress.update()
+            if change.all() and name not in keep:  # by an earlier command, which was interrupted
+                continue
+            target_idx = [gene_idx[gene] for gene in genes_of[name]]
+            predicted = predict_cells(net, run.path, data, cells.control, target_idx, machine)
+            change[:] = predicted.mean(0, dtype=np.float64) - cells.baseline
+            if name in keep:
+                run.cells[name] = predicted
     progress.close()
 
 
-def add_baselines(study, names, ridge_files):
-    """Let baselines predict, too: their change from the mean of the screen's control cells, added to the
-    cells that are predicted from."""
-    data = study.screen
+def baseline_runs(names, ridge_files, genes_of, keep, cells):
+    """Baselines as runs: those with the names, or all. Each predicts the change from the mean of the screen's
+    control cells by {name: [gene, ...]}; its cells are those predicted from with this change added."""
+    data = cells.screen
     gene_idx = {gene: i for i, gene in enumerate(data.genes)}
-    perturbed = {name: genes for name, genes in study.genes_of.items() if genes}
-    targets = [np.array([gene_idx[gene] for gene in genes]) for genes in perturbed.values()]
-    named = {source: path for source, path in ridge_files.items() if not names or f"ridge_{source}" in names}
-    profiles = baseline_means(data, targets) | ridge_profiles(data, targets, named)
+    targets = [np.array([gene_idx[gene] for gene in genes]) for genes in genes_of.values()]
+    if names:
+        ridge_files = {source: path for source, path in ridge_files.items() if f"ridge_{source}" in names}
+    profiles = baseline_means(data, targets) | ridge_profiles(data, targets, ridge_files)
     del profiles["no-change"]
-    for name in names:
-        if name not in profiles:
-            sys.exit(f"error: --run {name}: its source has no vectors of any training target here")
-
     singles = trained_singles(data).keys()
-    is_new = np.array([singles.isdisjoint(target_idx) for target_idx in targets])
+    new = [name for name, target_idx in zip(genes_of, targets) if singles.isdisjoint(target_idx)]
+    runs = []
     for model_name in names or profiles:
-        changes = profiles[model_name][:, study.kept] - study.ctrl
-        if model_name in ("additive", "matching-mean") and is_new.any():
-            changes[is_new] = np.nan
-            unknown = list(itertools.compress(perturbed, is_new))
-            print(f"{model_name} says nothing of {shown(unknown)}: never perturbed alone in training")
-        study.runs[model_name] = [SimpleNamespace(name=model_name, seed=0, path=None)]
-        study.changes[model_name] = np.pad(changes, ((1, 0), (0, 0)))[None].astype(np.float32)  # row 0: none
-        for name, change in zip(study.genes_of, study.changes[model_name][0]):
-            if study.keeps_cells and name in study.wanted and np.isfinite(change).all():
-                study.cells[name, model_name] = [study.control + change]
+        if model_name not in profiles:
+            sys.exit(f"error: --run {model_name}: its source has no vectors of any training target here")
+        table = profiles[model_name][:, cells.gene_idx] - cells.ctrl
+        changes = dict(zip(genes_of, table.astype(np.float32)))
+        if model_name in ("additive", "matching-mean") and new:
+            print(f"{model_name} says nothing of {shown(new)}: never perturbed alone in training")
+            for name in new:
+                del changes[name]
+        own_cells = {name: cells.control + changes[name] for name in keep if name in changes}
+        runs.append(SimpleNamespace(name=model_name, seed=0, path=None, changes=changes, cells=own_cells))
+    return runs
 
 
-def mean_changes(study, name):
-    """{model: its mean change (genes,) over its runs} by a perturbation, of the models that predict it."""
-    means = {model_name: changes[:, study.row_of[name]].mean(0, dtype=np.float64)
-             for model_name, changes in study.changes.items()}
-    return {model_name: mean for model_name, mean in means.items() if np.isfinite(mean).all()}
+def changes_of(runs, name):
+    """{model: (runs, G)}: the changes by a perturbation, of the models that say something of it."""
+    found = {}
+    for run in runs:
+        if name in run.changes:
+            found.setdefault(run.name, []).append(run.changes[name])
+    return {model_name: np.stack(changes) for model_name, changes in found.items()}
+
+
+def list_predictions(wanted, runs):
+    """Every prediction: ([condition, ...], [model, ...], [seed, ...], [change (G,), ...])."""
+    return zip(*[(name, run.name, run.seed, run.changes[name])
+                 for name in wanted for run in runs if name in run.changes])
 
 
 def predict(*words):
@@ -1273,22 +1267,13 @@ def predict(*words):
     Returns a dict of arrays: condition, model and seed (n,), genes (G,), control (G,) the mean of the cells
     predicted from, delta (n, G) the predicted mean change.
     """
-    study = make_study(*set_up(parse_arguments(words)))
-    obs, changes = list_predictions(study)
-    arrays = {column: np.array(values) for column, values in obs.items()}
-    return arrays | {"genes": study.data.genes, "control": study.baseline, "delta": np.stack(changes)}
-
-
-def list_predictions(study):
-    """Every prediction: {"condition": [...], "model": [...], "seed": [...]}, [change (genes,), ...]."""
-    obs, rows = {"condition": [], "model": [], "seed": []}, []
-    for name in study.wanted:
-        for model_name in mean_changes(study, name):
-            for run, changes in zip(study.runs[model_name], study.changes[model_name]):
-                for column, value in zip(obs, (name, run.name, run.seed)):
-                    obs[column].append(value)
-                rows.append(changes[study.row_of[name]])
-    return obs, rows
+    args, data, runs, ridge_files, machine = set_up(parse_arguments(words))
+    wanted = read_perturbations(args, data)
+    cells = choose_cells(data, wanted, args)
+    runs = predict_wanted(wanted, cells, runs, ridge_files, args, machine)
+    conditions, models, seeds, changes = map(np.array, list_predictions(wanted, runs))
+    return {"condition": conditions, "model": models, "seed": seeds, "genes": cells.data.genes,
+            "control": cells.baseline, "delta": changes}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1297,52 +1282,53 @@ def list_predictions(study):
 def predict_perturbations(args, data, runs, ridge_files, machine):
     """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
     folder = args.root / "results" / args.dataset / "predicted" / args.name
-    study = make_study(args, data, runs, ridge_files, machine, folder)
-    for pattern in ("*.png", "predicted.cells.h5ad", "towards.csv"):  # of an earlier call
-        for old in folder.glob(pattern):
-            old.unlink()
+    wanted = read_perturbations(args, data)
+    cells = choose_cells(data, wanted, args)
+    goal = read_goal(cells, args) if args.towards else None  # a mistake in it would cost hours of predictions
+    all_runs = predict_wanted(wanted, cells, runs, ridge_files, args, machine, folder)
+    for old in [*folder.glob("*.png"), folder / "predicted.cells.h5ad", folder / "towards.csv"]:
+        old.unlink(missing_ok=True)
 
-    effects = sorted(find_effects(study), key=lambda effect: -effect.effect_rms)
+    effects = sorted(find_effects(wanted, all_runs, cells), key=lambda effect: -effect.effect_rms)
     write_csv(folder / "predicted.csv", Effect._fields, effects)
-    write_csv(folder / "predicted_genes.csv", ("condition", "model", "gene", "control", "predicted", "delta",
-                                               "interval", "measured_delta"), gene_rows(study))
-    write_predicted(folder, study, args)
-    if study.has_figures:
-        for name in study.wanted:
-            draw_perturbation(folder, name, study)
-    if len(study.wanted) > 2:
-        draw_heatmap(folder / "heatmap.png", study)
-    warn_of_likeness(study)
-    if args.towards:
-        answers = rank_towards(study, args)
+    header = ("condition", "model", "gene", "control", "predicted", "delta", "interval", "measured_delta")
+    write_csv(folder / "predicted_genes.csv", header, gene_rows(wanted, all_runs, cells))
+    write_predicted(folder, wanted, all_runs, cells, args)
+    has_figures = len(wanted) <= MOST_FIGURES
+    if has_figures:
+        for name, genes in wanted.items():
+            draw_perturbation(folder, name, genes, all_runs, cells)
+    draw_heatmap(folder / "heatmap.png", effects, all_runs, cells)
+    warn_of_likeness(wanted, runs, cells)
+    if goal:
+        change, targets = goal
+        answers = rank_towards(change, wanted, all_runs, args)
         write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"),
                   [(model_name, rank, *row) for model_name, ranked in answers.items()
                    for rank, row in enumerate(ranked, 1)])
-        print_towards(answers, study, args)
-        draw_towards(folder / "towards.png", answers, study, args)
+        print_towards(answers, targets, wanted, args)
+        draw_towards(folder / "towards.png", answers, data, args)
     else:
-        print_effects(study, effects)
+        print_effects(wanted, effects)
     if runs and not args.run:
         print("by the trained models; --run also takes baselines (matching-mean, additive, ridge_<source>): "
               "report.md says which are best")
-    stored = [changes.filename for changes in study.changes.values() if isinstance(changes, np.memmap)]
-    study.changes.clear()
-    for path in stored:
-        Path(path).unlink()
+    for run in runs:
+        run.changes.clear()  # closes the file
+        run.stored.unlink()
     kept = "" if args.name != "last" else " (the next question overwrites it; --name NAME keeps it)"
-    print(f"values{' and figures' if study.has_figures else ''}: {folder}{kept}")
+    print(f"values{' and figures' * has_figures}: {folder}{kept}")
 
 
-def print_effects(study, effects):
+def print_effects(wanted, effects):
     """Print what each model predicts of a few perturbations; of a long list ten that nobody has measured."""
     effects = [effect for effect in effects if "-shuffled" not in effect.model]
-    if len(study.wanted) <= MOST_FIGURES:
-        for name in study.wanted:
+    if len(wanted) <= MOST_FIGURES:
+        for name in wanted:
             of_name = [effect for effect in effects if effect.condition == name]
-            if of_name:
-                measured = of_name[0].measured
-                print(f"{name}: {'not measured' if measured == 'no' else f'measured ({measured})'}")
             for effect in of_name:
+                if effect is of_name[0]:
+                    print(f"{name} (measured: {effect.measured})")
                 top = " ".join(effect.top_genes.split()[:5])
                 print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
         return
@@ -1367,7 +1353,7 @@ def print_wrapped(line):
 
 
 def most_changed(change, data, n=20):
-    """The n measured genes (at most) with the largest change (genes,), the largest first."""
+    """The n measured genes (at most) with the largest change (G,), the largest first."""
     size = np.where(data.measured, np.abs(change), -1)
     return np.argsort(-size, kind="stable")[:min(n, data.measured.sum())]
 
@@ -1378,124 +1364,134 @@ def pair_correlations(changes):
         return np.atleast_2d(np.corrcoef(changes))[np.triu_indices(len(changes), 1)]
 
 
+def root_mean_square(changes, data):
+    """The size of changes (runs, G) over the measured genes: (runs,)."""
+    return np.sqrt((changes[:, data.measured].astype(np.float64) ** 2).mean(-1))
+
+
+def interactions(name, genes, runs):
+    """What a pair does beyond what its single targets do, {model: (runs, G)}: its change less theirs, each
+    less what is predicted for no perturbation; of the models that say something of all of them."""
+    together, nothing, *singles = [changes_of(runs, part) for part in (name, "", *genes)]
+    found = {}
+    for model_name, change in together.items():
+        if all(model_name in single for single in singles):
+            of_nothing = nothing.get(model_name, 0)  # no change by a baseline
+            alone = sum(single[model_name] - of_nothing for single in singles)
+            found[model_name] = change - of_nothing - alone
+    return found
+
+
 Effect = namedtuple("Effect", ("condition", "model", "measured", "n_seeds", "effect_rms", "interval",
                                "interaction_rms", "disagreement", "priority", "top_genes"))
 
 
-def find_effects(study):
+def find_effects(wanted, runs, cells):
     """Yield the rows of predicted.csv.
 
-    measured: the part of the split that the perturbation is in, or `no`. effect_rms: root mean square of the change over the measured genes. interaction_rms, for pairs: that of
-    what is left without the changes by the single targets, each less what is predicted for no perturbation.
-    disagreement: 1 less the correlation of two models' changes, mean over the pairs of models; NaN for a
-    single one. priority: mean effect_rms of the models, times disagreement: a large effect that they disagree
-    on is worth measuring next. Both leave shuffled controls out.
+    measured: the part of the split that the perturbation is in, or `no`. effect_rms: root mean square of the
+    change over the measured genes. interaction_rms, for pairs: that of `interactions`. disagreement: 1 less
+    the correlation of two models' changes, mean over the pairs of models; NaN for a single one. priority:
+    mean effect_rms of the models, times disagreement: a large effect that they disagree on is worth measuring
+    next. Both leave shuffled controls out.
     """
-    measured = study.data.measured
+    data = cells.data
+    for name, genes in wanted.items():
+        changes = changes_of(runs, name)
+        means = {model_name: of_runs.mean(0, dtype=np.float64) for model_name, of_runs in changes.items()}
+        sizes = {model_name: metrics.interval95(root_mean_square(of_runs, data))
+                 for model_name, of_runs in changes.items()}  # {model: (effect_rms, interval)}
+        conditions = cells.conditions_of.get(frozenset(genes))
+        part = data.split[conditions[0]] if conditions else "no"
 
-    def rms(change):  # (..., genes) -> (...)
-        return np.sqrt((change[..., measured].astype(np.float64) ** 2).mean(-1))
-
-    for name, genes in study.wanted.items():
-        means = mean_changes(study, name)
-        if not means:
-            continue
-        conditions = study.conditions_of.get(frozenset(genes))
-        part = study.screen.split[conditions[0]] if conditions else "no"
-        effects = {model_name: metrics.interval95(rms(study.changes[model_name][:, study.row_of[name]]))
-                   for model_name in means}  # {model: (effect_rms, interval)}
-        rivals = [model_name for model_name in means if "-shuffled" not in model_name]
+        rivals = [model_name for model_name in changes if "-shuffled" not in model_name]
         disagreement = priority = math.nan
         if len(rivals) > 1:
-            correlations = pair_correlations([means[model_name][measured] for model_name in rivals])
+            correlations = pair_correlations([means[model_name][data.measured] for model_name in rivals])
             disagreement = float((1 - correlations).mean())
-            priority = float(np.mean([effects[model_name][0] for model_name in rivals])) * disagreement
+            priority = float(np.mean([sizes[model_name][0] for model_name in rivals])) * disagreement
+
+        beyond = interactions(name, genes, runs) if len(genes) > 1 else {}
         for model_name, mean in means.items():
-            changes = study.changes[model_name]  # (runs, perturbations, genes)
-            change, of_nothing = changes[:, study.row_of[name]], changes[:, study.row_of[""]]
             interaction = math.nan
-            if len(genes) > 1:
-                alone = sum(changes[:, study.row_of[gene]] - of_nothing for gene in genes)
-                interaction = float(rms(change - of_nothing - alone).mean())
-            top = most_changed(mean, study.data, 10)
-            top = " ".join(f"{study.data.genes[g]}:{mean[g]:+.3f}" for g in top)
-            yield Effect(name, model_name, part, len(change), *effects[model_name], interaction, disagreement,
-                         priority, top)
+            if model_name in beyond:
+                interaction = float(root_mean_square(beyond[model_name], data).mean())
+            top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, data, 10))
+            yield Effect(name, model_name, part, len(changes[model_name]), *sizes[model_name], interaction,
+                         disagreement, priority, top)
 
 
-def gene_rows(study):
+def gene_rows(wanted, runs, cells):
     """Yield the rows of predicted_genes.csv: the genes that change most, by each perturbation and model."""
-    for name, genes in study.wanted.items():
-        measured = np.full(len(study.data.genes), math.nan)
-        if conditions := study.conditions_of.get(frozenset(genes)):
-            measured = study.screen.mean[conditions].mean(0)[study.kept] - study.ctrl
-        for model_name, mean in mean_changes(study, name).items():
-            for g in most_changed(mean, study.data):
-                value, half_width = metrics.interval95(study.changes[model_name][:, study.row_of[name], g])
-                control = float(study.baseline[g])
-                yield (name, model_name, study.data.genes[g], control, control + value, value, half_width,
+    data = cells.data
+    for name, genes in wanted.items():
+        measured = np.full(len(data.genes), math.nan)
+        if conditions := cells.conditions_of.get(frozenset(genes)):
+            measured = data.mean[conditions].mean(0) - cells.ctrl
+        for model_name, changes in changes_of(runs, name).items():
+            for g in most_changed(changes.mean(0, dtype=np.float64), data):
+                value, half_width = metrics.interval95(changes[:, g])
+                control = float(cells.baseline[g])
+                yield (name, model_name, data.genes[g], control, control + value, value, half_width,
                        float(measured[g]))
 
 
-def write_predicted(folder, study, args):
+def write_predicted(folder, wanted, runs, cells, args):
     """Write predicted.h5ad, a mean profile per perturbation and run, and with --cells predicted.cells.h5ad:
     each run's predicted cells below the cells that they were predicted from."""
-    measured, genes = study.data.measured, study.data.genes[study.data.measured]
-    made = shared.made_from({"controls": len(study.control), "seed": args.seed},
+    data, measured = cells.data, cells.data.measured
+    made = shared.made_from({"controls": len(cells.control), "seed": args.seed},
                             {f"{run.name}, seed {run.seed}": shared.checksum(run.path)
-                             for runs in study.runs.values() for run in runs if run.path})
-    obs, changes = list_predictions(study)
-    mean_control = study.baseline[measured].astype(np.float32)
-    profiles = (mean_control + change[measured] for change in changes)
-    prepare.write_h5ad(folder / "predicted.h5ad", made, profiles, obs, genes,
-                       describe(study.screen, "predicted means"), mean_control)
+                             for run in runs if run.path})
+    conditions, models, seeds, changes = list_predictions(wanted, runs)
+    control = cells.baseline[measured].astype(np.float32)
+    profiles = (control + change[measured] for change in changes)
+    prepare.write_h5ad(folder / "predicted.h5ad", made, profiles,
+                       {"condition": conditions, "model": models, "seed": seeds}, data.genes[measured],
+                       describe(data, "predicted means"), control)
     if not args.cells:
         return
     blocks, labels, run_of = [], [], []
-    for model_name, runs in study.runs.items():
-        for i, run in enumerate(runs):
-            found = {name: study.cells[name, model_name][i] for name in study.wanted
-                     if (name, model_name) in study.cells}
-            for name, cells in {prepare.CONTROL: study.control, **found}.items():
-                blocks.append(cells[:, measured])
-                labels += [name] * len(cells)
-                run_of += [run] * len(cells)
-    write_cells(folder / "predicted.cells.h5ad", made, study.data, np.concatenate(blocks), labels,
-                PREDICTED_CELLS, run_of)
+    for run in runs:
+        for name, predicted in {prepare.CONTROL: cells.control, **run.cells}.items():
+            blocks.append(predicted[:, measured])
+            labels += [name] * len(predicted)
+            run_of += [run] * len(predicted)
+    write_cells(folder / "predicted.cells.h5ad", made, data, np.concatenate(blocks), labels, PREDICTED_CELLS,
+                run_of)
 
 
-def warn_of_likeness(study):
-    """Print a warning for a model that predicts nearly the same change for all perturbations."""
-    rows = [study.row_of[name] for name in list(study.wanted)[:200]]
-    runs = [pair for name in study.runs for pair in zip(study.runs[name], study.changes[name])]
-    for run, changes in runs if len(rows) > 1 else ():
-        likeness = np.median(pair_correlations(changes[rows][:, study.data.measured]))
-        if run.path and likeness > 0.99:  # a baseline has no path, and may do so
+def warn_of_likeness(wanted, runs, cells):
+    """Print a warning for a trained run that predicts nearly the same change for all perturbations."""
+    if len(wanted) < 2:
+        return
+    for run in runs:
+        changes = np.stack([run.changes[name] for name in list(wanted)[:200]])
+        likeness = np.median(pair_correlations(changes[:, cells.data.measured]))
+        if likeness > 0.99:
             print(f"warning: {run.name}, seed {run.seed} predicts nearly the same change for all of these "
                   f"(median correlation {likeness:.3f}): it hardly tells them apart", file=sys.stderr)
 
 
-def draw_heatmap(path, study):
-    """Draw the changes that the first model predicts: perturbations x the genes that change most, both in the
-    order of a hierarchical clustering."""
-    model_name = next(iter(study.changes))
-    sizes = {name: np.linalg.norm(means[model_name]) for name in study.wanted
-             if model_name in (means := mean_changes(study, name))}
-    if len(sizes) < 3:
+def draw_heatmap(path, effects, runs, cells):
+    """Draw the changes that the first model predicts: the perturbations of the largest effects x the genes
+    that change most, both in the order of a hierarchical clustering. Of fewer than three nothing is drawn."""
+    data, model_name = cells.data, runs[0].name
+    names = np.array([effect.condition for effect in effects if effect.model == model_name][:60])
+    if len(names) < 3:
         return
-    names = np.array(sorted(sizes, key=sizes.get, reverse=True)[:60])
-    changes = np.stack([mean_changes(study, name)[model_name] for name in names])  # (perturbations, genes)
-    genes = most_changed(np.abs(changes).max(0), study.data, 40)
-    changes = changes[:, genes]
-    rows, columns = (hierarchy.leaves_list(hierarchy.linkage(table, "average")) for table in
-                     (changes, changes.T))
+    changes = np.stack([changes_of(runs, name)[model_name].mean(0, dtype=np.float64) for name in names])
+    genes = most_changed(np.abs(changes).max(0), data, 40)
+    changes = changes[:, genes]  # (perturbations, genes)
+    rows, columns = (hierarchy.leaves_list(hierarchy.linkage(table, "average"))
+                     for table in (changes, changes.T))
     limit = np.abs(changes).max() or 1
 
-    title = f"change of expression that {model_name} predicts{synthetic(study.data)}"
+    title = f"change of expression that {model_name} predicts{synthetic(data)}"
     figure = shared.new_figure(9, max(3, 1.5 + 0.16 * len(names)), title)
     axes = figure.subplots()
     image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(genes)), study.data.genes[genes][columns], rotation=90, fontsize=7)
+    axes.set_xticks(range(len(genes)), data.genes[genes][columns], rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names[rows], fontsize=7)
     figure.colorbar(image, label="change of log-normalized expression", shrink=0.8)
     shared.save_figure(figure, path)
@@ -1506,38 +1502,33 @@ def synthetic(data):
     return " (SYNTHETIC data)" if data.synthetic else ""
 
 
-def draw_perturbation(folder, name, study):
+def draw_perturbation(folder, name, genes, runs, cells):
     """Draw how the top genes of one perturbation change in cells: as measured, if it was, and as each model
     predicts (the paper's Figures 8 and 9)."""
-    data = study.data
-    series = {model_name: np.concatenate(study.cells[name, model_name]) - study.baseline
-              for model_name in study.runs if (name, model_name) in study.cells}
+    data = cells.data
+    series = {}  # {label: [(cells, G), ...]}, the changes of cells, an array a run
+    if conditions := cells.conditions_of.get(frozenset(genes)):
+        measured = cells.screen.X[np.flatnonzero(np.isin(data.cell_condition, conditions))]
+        series["measured"] = [measured[:, cells.gene_idx].toarray() - cells.ctrl]
+    for run in runs:
+        if name in run.cells:
+            series.setdefault(run.name, []).append(run.cells[name] - cells.baseline)
     if not series:
         return
-    conditions = study.conditions_of.get(frozenset(study.wanted[name]))
     if conditions:
-        top = data.de_idx[conditions[0]][data.de_idx[conditions[0]] >= 0]
-        cells = np.flatnonzero(np.isin(data.cell_condition, conditions))
-        series = {"measured": study.screen.X[cells][:, study.kept].toarray() - study.ctrl} | series
+        top = data.de_idx[conditions[0]]
+        top = top[top >= 0]
         words = "that are most differentially expressed, measured and predicted"
     else:
         first = next(iter(series))
-        top = most_changed(series[first].mean(0), data)
+        top = most_changed(np.concatenate(series[first]).mean(0), data)
         words = f"that change most as {first} predicts; not measured"
+
     figure = shared.new_figure(
         12, 5, f"{name}: the {len(top)} genes {words}{synthetic(data)}\n"
         "box: middle half of the cells; line: median; diamond: mean; whiskers: without outliers")
     axes = figure.subplots()
-    width = 0.8 / len(series)
-    colors = [shared.GREY] * bool(conditions) + list(shared.COLORS) * len(series)
-    for i, ((label, values), color) in enumerate(zip(series.items(), colors)):
-        x = np.arange(len(top)) + (i - (len(series) - 1) / 2) * width
-        diamond = {"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
-                   "markeredgewidth": 0.5}
-        axes.boxplot(values[:, top], positions=x, widths=0.9 * width, showfliers=False, patch_artist=True,
-                     showmeans=True, manage_ticks=False, medianprops={"color": "black"}, meanprops=diamond,
-                     boxprops={"facecolor": color})
-        axes.bar(0, 0, color=color, label=label)  # for the legend
+    draw_boxes(axes, series, top)
     axes.axhline(0, color="black", lw=0.8)
     axes.set_xlim(-0.6, len(top) - 0.4)
     axes.set_xticks(range(len(top)), data.genes[top], rotation=60, ha="right", fontsize=8)
@@ -1546,47 +1537,64 @@ def draw_perturbation(folder, name, study):
     shared.save_figure(figure, folder / f"{urllib.parse.quote(name, safe='+')[:200]}.png")
 
 
+def draw_boxes(axes, series, top):
+    """Draw a box for each gene of `top` and label of {label: [(cells, G), ...]}, what is measured in grey."""
+    colors = itertools.cycle(shared.COLORS)
+    width = 0.8 / len(series)
+    for i, (label, blocks) in enumerate(series.items()):
+        color = shared.GREY if label == "measured" else next(colors)
+        x = np.arange(len(top)) + (i - (len(series) - 1) / 2) * width
+        diamond = {"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
+                   "markeredgewidth": 0.5}
+        boxes = axes.boxplot(np.concatenate(blocks)[:, top], positions=x, widths=0.9 * width,
+                             showfliers=False, patch_artist=True, showmeans=True, manage_ticks=False,
+                             medianprops={"color": "black"}, meanprops=diamond, boxprops={"facecolor": color})
+        boxes["boxes"][0].set_label(label)  # for the legend
+
+
 # ----------------------------------------------------------------------------------------------------------
 # --towards: which perturbation leads to these cells
 
-def read_goal(study, args):
-    """The change from the cells predicted from to the mean of those that --towards names, over the genes that
-    count; these, a mask (genes,); and the set of targets, None for cells from a file."""
-    targets = None
+def read_goal(cells, args):
+    """The change from the cells predicted from to the mean of those that --towards names, (G,), NaN where
+    nothing is measured; and the set of their targets, None for cells from a file."""
+    data, targets = cells.data, None
     with contextlib.suppress(ValueError):  # the name of a file
-        notations = label_notations(set(study.screen.genes), args)
+        notations = label_notations(set(cells.screen.genes), args)
         targets = frozenset(parse_perturbation(args.towards, notations))
     if targets == frozenset():
         sys.exit(f"error: --towards {args.towards}: no perturbation")
-    if conditions := study.conditions_of.get(targets):
-        state = study.screen.mean[conditions].mean(0, dtype=np.float64)[study.kept]
-        counts = study.data.measured
-        return (state - study.baseline)[counts], counts, targets
-    if not Path(args.towards).is_file():
+    if conditions := cells.conditions_of.get(targets):
+        state = data.mean[conditions].mean(0, dtype=np.float64)
+    elif Path(args.towards).is_file():
+        X, in_common = read_own_cells(Path(args.towards), args, cells.screen)
+        targets, state = None, np.full(len(in_common), np.nan)
+        state[in_common] = np.asarray(X.mean(axis=0)).ravel()
+        state = state[cells.gene_idx]
+    else:
         sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
-    X, in_common = read_own_cells(Path(args.towards), args, study.screen)
-    state = np.zeros(len(in_common))
-    state[in_common] = np.asarray(X.mean(axis=0)).ravel()
-    counts = in_common[study.kept] & study.data.measured
-    return (state[study.kept] - study.baseline)[counts], counts, None
+    return np.where(data.measured, state - cells.baseline, np.nan), targets
 
 
-def rank_towards(study, args):
+def rank_towards(goal, wanted, runs, args):
     """The perturbations by how near each model says that they lead to --towards, the nearest first: {model:
-    [(perturbation, Pearson of its change and the wanted one, distance left), ...]}.
+    [(perturbation, Pearson of its change and the wanted one, distance left), ...]}. goal (G,): see read_goal.
 
     The distance is that of the predicted state from the wanted one, relative to that without a perturbation.
     """
-    answers = {model_name: [] for model_name in study.changes}
-    for name in study.wanted:
-        for model_name, mean in mean_changes(study, name).items():
-            change = mean[study.goal_genes]
-            distance = float(np.linalg.norm(change - study.goal) / np.linalg.norm(study.goal))
-            answers[model_name].append((name, float(pair_correlations([change, study.goal])[0]), distance))
+    counts = np.isfinite(goal)
+    goal = goal[counts]
+    answers = {}
+    for name in wanted:
+        for model_name, changes in changes_of(runs, name).items():
+            change = changes.mean(0, dtype=np.float64)[counts]
+            likeness = float(pair_correlations([change, goal])[0])
+            distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
+            answers.setdefault(model_name, []).append((name, likeness, distance))
 
     for model_name, ranked in list(answers.items()):
         ranked.sort(key=lambda row: -np.nan_to_num(row[1], nan=-2))
-        if len({likeness for _, likeness, _ in ranked}) < min(2, len(study.wanted)):
+        if len({likeness for _, likeness, _ in ranked}) < min(2, len(wanted)):
             print(f"{model_name}: not ranked, as it does not tell these perturbations apart")
             del answers[model_name]
     if not answers:
@@ -1594,21 +1602,21 @@ def rank_towards(study, args):
     return answers
 
 
-def print_towards(answers, study, args):
+def print_towards(answers, targets, wanted, args):
     """Print each model's five nearest, and the rank of the perturbation that --towards names."""
     for model_name, ranked in answers.items():
         names = [name for name, *_ in ranked]
         line = f"{model_name}: closest to {args.towards}: {', '.join(names[:5])}"
         for rank, name in enumerate(names, 1):
-            if study.goal_targets == set(study.wanted[name]):
+            if targets == set(wanted[name]):
                 line += f"; {name} itself has rank {rank} of {len(names)}"
         print_wrapped(line)
 
 
-def draw_towards(path, answers, study, args):
+def draw_towards(path, answers, data, args):
     """Draw the ten nearest of the first three models."""
     drawn = list(answers)[:3]
-    title = f"perturbations that lead towards {args.towards}{synthetic(study.data)}"
+    title = f"perturbations that lead towards {args.towards}{synthetic(data)}"
     figure = shared.new_figure(4 * len(drawn), 4, title)
     for axes, model_name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
         best = answers[model_name][:10]

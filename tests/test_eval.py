@@ -241,7 +241,7 @@ def test_without_trained_runs_the_baselines_are_compared_and_training_comes_next
     (["--run", "scgtp"], "--run scgtp: not found"),
     (["--seed", "-1"], "invalid seed value: '-1'"),
     (["--controls", "0"], "--controls has to be above 0"),
-    (["--predict", "list.txt"], "--predict list.txt: no such file"),
+    (["--predict", "list.txt"], "list.txt: No such file"),
     (["--dataset", "mine"], "run first: python 03_prepare_data.py --dataset mine")])
 def test_a_wrong_option_is_one_line(root, args, message):
     assert message in error_of("05_eval.py", *args, root=root)
@@ -580,9 +580,12 @@ def test_all_singles_are_all_genes_without_a_figure_each_or_cells(results, root)
 def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(results, evaluation):
     for words, keeps in ((["DEMO001"], True), (["all-singles"], False), (["all-singles", "--cells"], True)):
         options = ("--root", results.root, "--run", "scgpt", "--controls", 1, "--predict", *words)
-        study = evaluation.make_study(*evaluation.set_up(evaluation.parse_arguments(options)))
-        assert study.changes["scgpt"].shape == (2, len(study.wanted) + 1, 128)
-        assert set(study.cells) == ({(name, "scgpt") for name in study.wanted} if keeps else set())
+        args, data, runs, ridge_files, machine = evaluation.set_up(evaluation.parse_arguments(options))
+        wanted = evaluation.read_perturbations(args, data)
+        cells = evaluation.choose_cells(data, wanted, args)
+        for run in evaluation.predict_wanted(wanted, cells, runs, ridge_files, args, machine):
+            assert run.changes.keys() == {*wanted, ""} and run.changes[""].shape == (128,)
+            assert list(run.cells) == (list(wanted) if keeps else [])
 
 
 def test_an_interrupted_list_goes_on_where_it_was(results, evaluation, root):
@@ -590,18 +593,19 @@ def test_an_interrupted_list_goes_on_where_it_was(results, evaluation, root):
                "--batch-size", 1, "--root", root]
     folder = root / "results/demo/predicted/last"
     process = subprocess.Popen(list(map(str, command)))
-    while not (parts := list(folder.glob(".scgpt.*.npy"))) or np.load(parts[0], mmap_mode="r").any(2).sum() < 30:
+    pattern = ".scgpt.seed23.*.npy"  # of the first of two runs
+    while not (parts := list(folder.glob(pattern))) or np.load(parts[0], mmap_mode="r").any(1).sum() < 30:
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
-    n_done = np.load(parts[0], mmap_mode="r").any(2).sum()
+    n_done = np.load(parts[0], mmap_mode="r").any(1).sum()
     changes = np.load(parts[0], mmap_mode="r+")
-    changes[0, 5] = 7  # whatever stands there is taken over
-    changes[0, 6, 64:] = 0  # but for a row of which a part never reached the disk
+    changes[4] = 7  # whatever stands there is taken over
+    changes[5, 64:] = 0  # but for a row of which a part never reached the disk
     run_script("05_eval.py", "--predict", "DEMO001", "--run", "scgpt", root=root)  # another call in between
     run_script("05_eval.py", *command[2:-2], root=root)
-    assert 30 <= n_done < 258 and not list(folder.glob(".*.npy"))
+    assert 30 <= n_done < 129 and not list(folder.glob(".*.npy"))
     rows = {row["condition"]: float(row["effect_rms"]) for row in read_csv(folder / "predicted.csv")}
     assert len(rows) == 128 and rows[results.data.genes[4]] > 3 and sorted(rows.values())[-2] < 3
     again = evaluation.predict("--root", root, *command[2:-2])
