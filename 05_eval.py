@@ -1157,21 +1157,22 @@ def keep_genes(data, kept):
 
 def predict_wanted(wanted, cells, runs, ridge_files, args, machine, folder=None):
     """Predict the wanted perturbations, {name: [gene, ...]}, in the cells of choose_cells. Returns the runs,
-    baselines with path None among them, and in each
+    and baselines as runs of path None. Each has
 
-    changes {name: (G,) float32}, the mean change from the cells predicted from: by the wanted ones, the single
-    targets of pairs and, of a trained run, no perturbation, called "". A baseline lacks what it says nothing
-    of;
-    cells {name: (N, G)}, the predicted cells, where figures or --cells need them.
+    changes {name: (G,) float32}: the mean change from the cells predicted from, by the wanted perturbations,
+    the single targets of pairs and, in a trained run, "" (nothing is perturbed). What a baseline says nothing
+    of is missing.
+    cells {name: (N, G)}: the predicted cells, where figures or --cells need them.
 
     With `folder`, the changes of trained runs lie there on disk, where the same command finds them again.
     """
     genes_of = wanted | {gene: [gene] for genes in wanted.values() for gene in genes}
     keep = wanted if args.cells or len(wanted) <= MOST_FIGURES else {}
+    names, baselines = named_baselines(args), []
+    if names or not runs:  # first, since a wrong name costs only seconds here
+        baselines = baseline_runs(names, ridge_files, genes_of, keep, cells)
     predict_changes(runs, genes_of | {"": []}, keep, cells, args, machine, folder)
-    names = named_baselines(args)
-    if names or not runs:
-        runs = runs + baseline_runs(names, ridge_files, genes_of, keep, cells)
+    runs = runs + baselines
     if not any(name in run.changes for run in runs for name in wanted):
         sys.exit(f"error: --run {' '.join(names)}: says nothing of {shown(list(wanted))}")
     n_models = len({run.name for run in runs})
@@ -1324,11 +1325,10 @@ def print_effects(wanted, effects):
     """Print what each model predicts of a few perturbations; of a long list ten that nobody has measured."""
     effects = [effect for effect in effects if "-shuffled" not in effect.model]
     if len(wanted) <= MOST_FIGURES:
-        for name in wanted:
-            of_name = [effect for effect in effects if effect.condition == name]
-            for effect in of_name:
-                if effect is of_name[0]:
-                    print(f"{name} (measured: {effect.measured})")
+        effects.sort(key=lambda effect: list(wanted).index(effect.condition))
+        for header, group in itertools.groupby(effects, "{0.condition} (measured: {0.measured})".format):
+            print(header)
+            for effect in group:
                 top = " ".join(effect.top_genes.split()[:5])
                 print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
         return
@@ -1369,16 +1369,17 @@ def root_mean_square(changes, data):
     return np.sqrt((changes[:, data.measured].astype(np.float64) ** 2).mean(-1))
 
 
-def interactions(name, genes, runs):
-    """What a pair does beyond what its single targets do, {model: (runs, G)}: its change less theirs, each
-    less what is predicted for no perturbation; of the models that say something of all of them."""
+def interactions(name, genes, runs, data):
+    """How much a pair does beyond what its single targets do: {model: root mean square, mean over its runs},
+    of the models that say something of all of them. From each change, what is predicted for no perturbation is
+    subtracted first."""
     together, nothing, *singles = [changes_of(runs, part) for part in (name, "", *genes)]
     found = {}
     for model_name, change in together.items():
         if all(model_name in single for single in singles):
-            of_nothing = nothing.get(model_name, 0)  # no change by a baseline
+            of_nothing = nothing.get(model_name, 0)  # 0: a baseline
             alone = sum(single[model_name] - of_nothing for single in singles)
-            found[model_name] = change - of_nothing - alone
+            found[model_name] = float(root_mean_square(change - of_nothing - alone, data).mean())
     return found
 
 
@@ -1390,9 +1391,9 @@ def find_effects(wanted, runs, cells):
     """Yield the rows of predicted.csv.
 
     measured: the part of the split that the perturbation is in, or `no`. effect_rms: root mean square of the
-    change over the measured genes. interaction_rms, for pairs: that of `interactions`. disagreement: 1 less
-    the correlation of two models' changes, mean over the pairs of models; NaN for a single one. priority:
-    mean effect_rms of the models, times disagreement: a large effect that they disagree on is worth measuring
+    change over the measured genes. interaction_rms, for pairs: see `interactions`. disagreement: 1 less the
+    correlation of two models' changes, mean over the pairs of models; NaN for a single one. priority: mean
+    effect_rms of the models, times disagreement: a large effect that they disagree on is worth measuring
     next. Both leave shuffled controls out.
     """
     data = cells.data
@@ -1411,14 +1412,11 @@ def find_effects(wanted, runs, cells):
             disagreement = float((1 - correlations).mean())
             priority = float(np.mean([sizes[model_name][0] for model_name in rivals])) * disagreement
 
-        beyond = interactions(name, genes, runs) if len(genes) > 1 else {}
+        interaction_of = interactions(name, genes, runs, data) if len(genes) > 1 else {}
         for model_name, mean in means.items():
-            interaction = math.nan
-            if model_name in beyond:
-                interaction = float(root_mean_square(beyond[model_name], data).mean())
             top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, data, 10))
-            yield Effect(name, model_name, part, len(changes[model_name]), *sizes[model_name], interaction,
-                         disagreement, priority, top)
+            yield Effect(name, model_name, part, len(changes[model_name]), *sizes[model_name],
+                         interaction_of.get(model_name, math.nan), disagreement, priority, top)
 
 
 def gene_rows(wanted, runs, cells):
