@@ -1371,8 +1371,8 @@ def root_mean_square(changes, data):
 
 def interactions(name, genes, runs, data):
     """How much a pair does beyond what its single targets do: {model: root mean square, mean over its runs},
-    of the models that say something of all of them. From each change, what is predicted for no perturbation is
-    subtracted first."""
+    of the models that say something of all of them. Each change is less what is predicted for no
+    perturbation."""
     together, nothing, *singles = [changes_of(runs, part) for part in (name, "", *genes)]
     found = {}
     for model_name, change in together.items():
