@@ -14,11 +14,13 @@ human genes are kept in data/human/raw/; annotations.png shows how many genes ea
 What all stages share (command line, output files, provenance, downloads, figures) stands at the end.
 """
 import argparse
+import collections
 import contextlib
 import datetime
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -37,9 +39,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 SOURCES = ("ncbi", "ncbi+uniprot", "go_f", "go_c", "go_p", "go_all")
-GO_PREFIX = {"go_f": "Molecular Function", "go_c": "Cellular Component", "go_p": "Biological Process"}
-GO_PARTS = {**{part: [part] for part in GO_PREFIX}, "go_all": list(GO_PREFIX)}
-GO_ASPECT = {"F": "go_f", "C": "go_c", "P": "go_p"}
+GO_CATEGORIES = {"go_f": "Molecular Function", "go_c": "Cellular Component", "go_p": "Biological Process"}
 PAPER_GO_RELEASE = "2024-01-17"
 
 BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/models"
@@ -88,38 +88,37 @@ def demo_genes():
 
 
 def demo_texts(source):
-    """The synthetic texts of one source: genes, texts, and for GO each gene's terms (else None)."""
+    """The synthetic texts of one source, as the readers return them."""
     genes, takes_part = demo_genes()
-    names = list(DEMO_PROCESSES)
-    processes = [[names[p] for p in np.flatnonzero(row)] for row in takes_part]
-    functions = [[DEMO_PROCESSES[name][0] for name in of_gene] for of_gene in processes]
-    components = [[DEMO_PROCESSES[name][1] for name in of_gene] for of_gene in processes]
+    processes = {gene: list(itertools.compress(DEMO_PROCESSES, row)) for gene, row in zip(genes, takes_part)}
+    functions = {gene: [DEMO_PROCESSES[name][0] for name in names] for gene, names in processes.items()}
+    components = {gene: [DEMO_PROCESSES[name][1] for name in names] for gene, names in processes.items()}
+    if source.startswith("go_"):
+        return go_texts(source, {"go_f": functions, "go_c": components, "go_p": processes})
 
-    if source in GO_PARTS:
-        terms = [dict(zip(GO_PREFIX, of_gene)) for of_gene in zip(functions, components, processes)]
-        return genes, *go_texts(source, terms)
-
-    texts = [f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(of_gene)}."
-             for gene, of_gene in zip(genes, processes)]
-    if source == "ncbi+uniprot":
-        texts = [f"{text} Protein summary: Has {' and '.join(of_gene)}."
-                 for text, of_gene in zip(texts, functions)]
-    return genes, texts, None
+    texts = {}
+    for gene in genes:
+        texts[gene] = f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(processes[gene])}."
+        if source == "ncbi+uniprot":
+            texts[gene] += f" Protein summary: Has {' and '.join(functions[gene])}."
+    return texts, None
 
 
-def go_texts(source, terms):
-    """Texts and terms of a GO source, from {category: [term, ...]} of each gene.
+def go_texts(source, annotations):
+    """Texts and terms of a GO source, from {category: {gene: terms}}.
 
     A text reads `Molecular Function: term, term; Cellular Component: term; Biological Process: term`.
     """
-    parts = GO_PARTS[source]
-    texts = ["; ".join(f"{GO_PREFIX[part]}: {', '.join(of_gene[part])}" for part in parts if of_gene[part])
-             for of_gene in terms]
-    return texts, [[term for part in parts for term in of_gene[part]] for of_gene in terms]
+    texts, terms = {}, {}
+    for category in GO_CATEGORIES if source == "go_all" else [source]:
+        for gene, of_gene in annotations[category].items():
+            texts.setdefault(gene, []).append(f"{GO_CATEGORIES[category]}: {', '.join(of_gene)}")
+            terms.setdefault(gene, []).extend(of_gene)
+    return {gene: "; ".join(parts) for gene, parts in texts.items()}, terms
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Readers: each returns genes, texts, and for GO each gene's terms (else None)
+# Readers: each returns {gene: text}, and for GO {gene: [term, ...]} (else None)
 
 def read_lines(path):
     """Yield (number, line) of a UTF-8 text file, gzipped or not."""
@@ -129,9 +128,7 @@ def read_lines(path):
     try:
         with (gzip.open if is_gzip else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if number == 1 and is_html(line):
-                    sys.exit(f"error: {path}: a web page, not the file; delete it and get the file again")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield number, line.decode().strip("\ufeff\r\n")  # \ufeff: Excel's mark of UTF-8
     except UnicodeDecodeError:
         sys.exit(f"error: {path}, line {number}: not UTF-8 text")
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -150,213 +147,169 @@ def read_json(path, kind):
 
 
 def read_tsv(path):
-    """Genes and texts of a tab-separated file with the header gene<TAB>text; each gene stands once.
+    """Texts of a tab-separated file with the header gene<TAB>text, in which each gene stands once.
 
     A gene without a text is left out, with a line that says so.
     """
-    texts, without_text = {}, []
-    for number, line in read_lines(path):
-        gene, *rest = line.split("\t")
-        if number == 1:
-            if [gene, *rest] != ["gene", "text"]:
-                sys.exit(f"error: {path}: the first line has to be gene<TAB>text")
+    lines = read_lines(path)
+    if next(lines, (1, ""))[1] != "gene\ttext":
+        sys.exit(f"error: {path}: the first line has to be gene<TAB>text")
+    texts = {}
+    for number, line in lines:
+        gene, _, text = (part.strip() for part in line.partition("\t"))
+        if not gene and not text:
             continue
-        if not line.strip():
-            continue
-        gene, text = gene.strip(), "".join(rest).strip()
-        if not gene or len(rest) > 1:
+        if not gene or "\t" in text:
             sys.exit(f"error: {path}, line {number}: expected a gene, a tab and a text")
         if gene in texts:
             sys.exit(f"error: {path}, line {number}: gene {gene!r} is listed a second time")
-        if text:
-            texts[gene] = text
-        else:
-            without_text.append(gene)
+        texts[gene] = text
+    without_text = [gene for gene, text in texts.items() if not text]
     if without_text:
         print(f"{path}: {len(without_text):,} genes without a text left out: {shown(without_text)}")
-    if not texts:
-        sys.exit(f"error: {path}: no gene with a text in it")
-    return list(texts), list(texts.values()), None
+    return {gene: text for gene, text in texts.items() if text}, None
 
 
 def read_released(path):
-    """Genes and texts of a released JSON file: an object of symbol -> text."""
-    texts = {gene: text for gene, text in read_json(path, str).items() if gene and text.strip()}
-    if not texts:
-        sys.exit(f"error: {path}: no gene with a text in it")
-    return list(texts), list(texts.values()), None
+    """Texts of a JSON file in the released form: an object of symbol -> text."""
+    return {gene: text for gene, text in read_json(path, str).items() if gene and text.strip()}, None
 
 
 def read_obo(path):
-    """Terms of an OBO file: {id: name} of those in force, {old id: id now}, and the set of obsolete ids."""
-    names, id_now, obsolete = {}, {}, set()
-    in_term, term = False, None
-    for number, line in read_lines(path):
-        if line.startswith("["):
-            in_term, term = line == "[Term]", None
-        elif in_term and line:
-            key, colon, value = line.partition(": ")
-            if not colon or (key != "id" and term is None):
-                sys.exit(f"error: {path}, line {number}: not a 'tag: value' after an id: {line[:60]!r}")
-            if key == "id":
-                term = value
-            elif key == "name":
-                names[term] = value
-            elif key == "alt_id":
-                id_now[value] = term
-            elif key == "is_obsolete" and value == "true":
-                obsolete.add(term)
+    """Names of the terms of an OBO file by id and by alternative id; None for an obsolete term."""
+    names, main_ids, term = {}, {}, None
+    for _, line in read_lines(path):
+        tag, _, value = line.partition(": ")
+        if tag == "id":
+            term = value
+        elif tag == "name":
+            names[term] = value
+        elif tag == "alt_id":
+            main_ids[value] = term
+        elif line == "is_obsolete: true":
+            names[term] = None
     if not names:
-        sys.exit(f"error: {path}: no [Term] in it: not an OBO file")
-    return {term: name for term, name in names.items() if term not in obsolete}, id_now, obsolete
+        sys.exit(f"error: {path}: no term in it: not an OBO file")
+    return names | {other: names.get(term) for other, term in main_ids.items()}
 
 
 @functools.lru_cache(maxsize=1)  # read once for all GO sources of a call
 def read_annotations(gaf, obo):
-    """Annotations of human genes in a GAF 2 file, in its order: {category: {gene: {term id: term name}}}.
+    """Annotations of human genes in a GAF 2 file, in its order: {category: {gene: terms}}.
 
     Left out: negated annotations (NOT), those that say there is no data (ND), other species, obsolete terms.
     """
-    names, id_now, obsolete = read_obo(obo)
-    found = {part: {} for part in GO_PREFIX}
+    names = read_obo(obo)
+    found = {category: {} for category in GO_CATEGORIES}
     n_unknown = 0
     for number, line in read_lines(gaf):
         if not line or line.startswith("!"):
             continue
         columns = line.split("\t")
-        if not 15 <= len(columns) <= 17 or not columns[2] or columns[8] not in GO_ASPECT:
+        if len(columns) < 15 or columns[8] not in ("F", "C", "P"):
             sys.exit(f"error: {gaf}, line {number}: not a line of a GAF 2 file: {line[:60]!r}")
         gene, qualifiers, term, evidence, aspect, taxa = (columns[i] for i in (2, 3, 4, 6, 8, 12))
         if "NOT" in qualifiers.split("|") or evidence == "ND" or taxa.split("|")[0] != "taxon:9606":
             continue
-        term = id_now.get(term, term)
-        if term in names:
-            found[GO_ASPECT[aspect]].setdefault(gene, {})[term] = names[term]
-        elif term not in obsolete:
+        if term not in names:
             n_unknown += 1
-    if not any(found.values()):
-        sys.exit(f"error: {gaf}: no annotation of a human gene with a term of {obo}")
+        elif names[term]:
+            of_gene = found[f"go_{aspect.lower()}"].setdefault(gene, {})
+            of_gene[names[term]] = None  # a dict keeps the order, and each term once
     if n_unknown:
         print(f"{gaf}: {n_unknown:,} annotations left out: their terms are not in {obo}")
     return found
 
 
 def read_go(source, gaf, obo):
-    """Genes, texts and terms of a GO source."""
-    found = {part: read_annotations(gaf, obo)[part] for part in GO_PARTS[source]}
-    genes = list(dict.fromkeys(gene for part in found.values() for gene in part))
-    terms = [{part: list(found[part].get(gene, {}).values()) for part in found} for gene in genes]
-    return genes, *go_texts(source, terms)
+    """Texts and terms of a GO source."""
+    return go_texts(source, read_annotations(gaf, obo))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Human genes: the released texts, or fresh ones from NCBI and UniProt in the same form
 
-def ask_ncbi(tool, take, **params):
-    """What `take` finds in the JSON answer of one of NCBI's E-utilities.
+def ask_ncbi(tool, part, key, **params):
+    """That part of the JSON answer of one of NCBI's E-utilities which has something under `key`.
 
     An overloaded service answers in another form, and is asked again. The API key travels in the body of the
     request and no redirect is followed, so that no message can quote it.
     """
-    key = os.environ.get("NCBI_API_KEY")
-    params |= {"db": "gene", "retmode": "json", "api_key": key}  # requests leaves out a key that is None
-    pause = 0.11 if key else 0.34  # seconds: ten or three requests a second are allowed
+    api_key = os.environ.get("NCBI_API_KEY")
+    params |= {"db": "gene", "retmode": "json", "api_key": api_key}  # requests leaves out a key that is None
+    pause = 0.11 if api_key else 0.34  # seconds: ten or three requests a second are allowed
     url = f"{NCBI}/{tool}.fcgi"
     for attempt in range(TRIES):
         time.sleep(pause + BACKOFF * (2 ** attempt - 1))
         with request(url, method="POST", data=params, allow_redirects=False) as response:
             with contextlib.suppress(requests.RequestException, ValueError, KeyError, TypeError):
-                return take(response.json())
+                answer = response.json()[part]
+                if answer[key]:
+                    return answer
     sys.exit(f"error: {address(url)}: not the answer that was asked for; the same command goes on from here")
 
 
 def fetch_summaries(path):
-    """Symbol and summary of every human gene, from NCBI, as lines of JSON [gene id, symbol, summary].
+    """Texts of the human genes that NCBI summarizes, in the released form.
 
-    Each page of 500 genes is in `<path>.part` before the next is asked for; an interrupted run goes on there.
+    Each page of 500 genes is kept in a file until the last has come: an interrupted run goes on there.
     """
-    def take_search(answer):
-        found = answer["esearchresult"]
-        return int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
-
-    def take_genes(answer):
-        genes = answer["result"]
-        return [[i, genes[i].get("name", ""), genes[i].get("summary", "")] for i in genes["uids"]]
-
-    part = Path(f"{path}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         if path.exists():
             return
         query = {"term": "9606[taxid] AND alive[prop]", "usehistory": "y", "retmax": 0}
-        n_genes, history = ask_ncbi("esearch", take_search, **query)
+        found = ask_ncbi("esearch", "esearchresult", "count", **query)
+        n_genes, history = int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
 
-        # The first line says how many genes were found: the pages of another search cannot be continued
-        header = json.dumps({"n_genes": n_genes}) + "\n"
-        lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
-        if lines[:1] != [header]:
-            lines = [header]
-        elif not lines[-1].endswith("\n"):  # cut off when the run was killed
-            lines.pop()
-        part.write_text("".join(lines), encoding="utf-8")
-
-        n_done = len(lines) - 1
-        with open(part, "a", encoding="utf-8") as file, \
-                tqdm(desc=path.name, total=n_genes, initial=n_done, unit=" genes", disable=None) as progress:
-            while n_done < n_genes:
-                genes = ask_ncbi("esummary", take_genes, **history, retstart=n_done, retmax=500)
-                if not genes:
-                    sys.exit(f"error: {address(NCBI)}: no genes after the first {n_done:,} of {n_genes:,}")
-                file.writelines(json.dumps(gene) + "\n" for gene in genes)
-                file.flush()
-                n_done += len(genes)
-                progress.update(len(genes))
-        os.replace(part, path)
+        # A page's name has the number of genes in it: pages of an earlier search may not fit to this one
+        texts = {}
+        for first in tqdm(range(0, n_genes, 500), desc=path.name, unit=" pages", disable=None):
+            page = Path(f"{path}.{first}of{n_genes}.part")
+            if not page.exists():
+                genes = ask_ncbi("esummary", "result", "uids", **history, retstart=first, retmax=500)
+                genes = [genes[uid] for uid in genes["uids"]]
+                write_text(page, json.dumps([[gene.get("name"), gene.get("summary")] for gene in genes]))
+            for gene, summary in json.loads(page.read_text(encoding="utf-8")):
+                if gene and summary:
+                    texts.setdefault(gene, f"Gene Symbol {gene} {summary}")
+        write_text(path, json.dumps(texts))
+        for page in path.parent.glob(f"{path.name}.*.part"):
+            page.unlink()
     print(f"downloaded {path} ({n_genes:,} genes)")
 
 
-def read_fresh(summaries, uniprot=None):
-    """Genes and texts in the released form, of what fetch_summaries wrote and UniProt's names and functions.
-
-    A gene that neither says anything about is left out.
-    """
-    texts = {}
-    for number, line in read_lines(summaries):
-        if number > 1:  # the first line is the number of genes
-            _, gene, summary = json.loads(line)
-            if gene and summary:
-                texts.setdefault(gene, f"Gene Symbol {gene} {summary}")
-
+def read_fresh(ncbi, uniprot):
+    """Texts of what fetch_summaries wrote, with the functions of the proteins in UniProt's table."""
+    lines = read_lines(uniprot)
+    if next(lines, (1, ""))[1].lower() != "gene names (primary)\tfunction [cc]":
+        sys.exit(f"error: {uniprot}: not UniProt's table of gene names and functions")
     functions = {}
-    for number, line in read_lines(uniprot) if uniprot else ():
-        columns = line.split("\t")
-        if len(columns) != 2 or number == 1 and line.lower() != "gene names (primary)\tfunction [cc]":
-            sys.exit(f"error: {uniprot}, line {number}: not UniProt's table of gene names and functions")
-        genes, function = columns
-        function = function.replace("FUNCTION: ", "")
-        function = re.sub(r" ?\{ECO:[^}]*\}\.?", "", function)  # codes of evidence
-        if number > 1 and function:
-            for gene in filter(None, genes.split("; ")):
+    for _, line in lines:
+        genes, _, function = line.partition("\t")
+        function = re.sub(r"FUNCTION: | ?\{ECO:[^}]*\}\.?", "", function)  # ECO: codes of evidence
+        for gene in genes.split("; "):
+            if gene and function:
                 functions.setdefault(gene, []).append(function)
+
+    texts, _ = read_released(ncbi)
     for gene, of_gene in functions.items():
         texts[gene] = f"{texts.get(gene, f'Gene Symbol {gene}')} Protein summary: {' '.join(of_gene)}"
-    return list(texts), list(texts.values()), None
+    return texts, None
 
 
 def human_source(source, release, fresh, raw):
     """The options that decide a human source's texts, its input files {file: address}, and their reader."""
     if source in RELEASED and not fresh:
-        path = raw / os.path.basename(RELEASED[source])
-        return {"fresh": False}, {path: RELEASED[source]}, lambda: read_released(path)
-    if source in RELEASED:
-        files = {raw / "ncbi_fresh.jsonl": NCBI}
-        if source == "ncbi+uniprot":
-            files[raw / "uniprot_fresh.tsv.gz"] = UNIPROT
-        return {"fresh": True}, files, lambda: read_fresh(*files)
+        return {"fresh": False}, {raw / os.path.basename(RELEASED[source]): RELEASED[source]}, read_released
+    ncbi = {raw / "ncbi_fresh.json": NCBI}
+    if source == "ncbi":
+        return {"fresh": True}, ncbi, read_released
+    if source == "ncbi+uniprot":
+        return {"fresh": True}, ncbi | {raw / "uniprot_fresh.tsv.gz": UNIPROT}, read_fresh
     site = GO_CURRENT if release == "current" else f"{GO_DATED}/{release}"
-    gaf, obo = raw / f"goa_human.{release}.gaf.gz", raw / f"go-basic.{release}.obo"
-    files = {gaf: f"{site}/annotations/goa_human.gaf.gz", obo: f"{site}/ontology/go-basic.obo"}
-    return {"go_release": release}, files, lambda: read_go(source, gaf, obo)
+    files = {raw / f"goa_human.{release}.gaf.gz": f"{site}/annotations/goa_human.gaf.gz",
+             raw / f"go-basic.{release}.obo": f"{site}/ontology/go-basic.obo"}
+    return {"go_release": release}, files, functools.partial(read_go, source)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -369,45 +322,44 @@ def source_made_from(path, source, options, files):
     return made_from(options, inputs)
 
 
-def collect(wanted, force):
-    """Download what the wanted sources need and read it: {source: (genes, texts, terms)}."""
-    if force:  # what a service says today may differ from the last time
-        for options, files, _ in wanted.values():
-            if options.get("fresh") or options.get("go_release") == "current":
-                for file in files:
-                    file.unlink(missing_ok=True)
-    texts = {}
-    for source, (_, files, read) in wanted.items():
-        for file, url in files.items():
-            if url == NCBI:
-                fetch_summaries(file)
-            elif url:
-                download(url, file)
-        texts[source] = read()
-    return texts
+def fetch_inputs(wanted, vocab_path, force):
+    """Download the files that the wanted sources need, and scGPT's vocabulary, with which they are compared.
+
+    force: ask services again whose answers change with time.
+    """
+    inputs = {file: url for _, files, _ in wanted.values() for file, url in files.items() if url}
+    if inputs:  # own texts need no internet
+        inputs[vocab_path] = VOCAB
+    for file, url in inputs.items():
+        if force and url.startswith((NCBI, UNIPROT, GO_CURRENT)):
+            file.unlink(missing_ok=True)
+        if url == NCBI:
+            fetch_summaries(file)
+        else:
+            download(url, file)
 
 
-def write_annotations(path, space, wanted, texts):
-    """Write annotations.h5 anew: the sources in `texts`, and those it has already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"), write_h5(path, made_from({"space": space}, {})) as new:
+def write_annotations(path, space, wanted):
+    """Read the wanted sources, and write annotations.h5 anew: these, and the others that it has already."""
+    with locked(path), write_h5(path, made_from({"space": space}, {})) as new:
         if recorded_made_from(path):  # neither missing nor damaged
             with h5py.File(path, "r") as old:
-                for source in set(old) - set(texts):
+                for source in set(old) - set(wanted):
                     old.copy(source, new)
-        for source, (genes, of_genes, terms) in texts.items():
-            options, files, _ = wanted[source]
+        for source, (options, files, read) in wanted.items():
+            texts, terms = read(*files)
+            if not texts:
+                sys.exit(f"error: {source}: no gene with a text in {' and '.join(map(str, files))}")
             group = new.create_group(source)
             group.attrs["made_from"] = source_made_from(path, source, options, files)
             if any(files.values()):
                 group.attrs["source_urls"] = list(files.values())
-            write_strings(group, "genes", genes)
-            write_strings(group, "text", of_genes)
-            if terms is not None:
-                write_strings(group, "terms", [term for of_gene in terms for term in of_gene])
-                group["term_offsets"] = np.cumsum([0] + [len(of_gene) for of_gene in terms])
-            note = f" ({SYNTHETIC})" if space == "demo" else ""
-            print(f"{source}: {len(genes):,} genes with text{note}")
+            write_strings(group, "genes", texts)
+            write_strings(group, "text", texts.values())
+            if terms:
+                write_strings(group, "terms", itertools.chain(*terms.values()))
+                group["term_offsets"] = np.cumsum([0, *map(len, terms.values())])
+            print(f"{source}: {len(texts):,} genes with text" + (f" ({SYNTHETIC})" if space == "demo" else ""))
 
 
 def in_order(sources):
@@ -420,35 +372,34 @@ def print_coverage(path, vocab_path):
     by exact symbol: the paper's Table 21."""
     with read_h5(path) as file:
         genes = {source: set(file[source]["genes"].asstr()[:]) for source in in_order(file)}
-    vocab = {"scGPT vocab": set(read_json(vocab_path, int))} if vocab_path.exists() else {}
-    others = vocab | genes
-    width = max(map(len, genes))
-    print(f"{'':{width}}    genes  " + "  ".join(f"{name:>{max(7, len(name))}}" for name in others))
+    columns = {"genes": set().union(*genes.values())}
+    if vocab_path.exists():
+        columns["scGPT vocab"] = set(read_json(vocab_path, int))
+    columns |= genes
+    rows = [["", *columns]]
     for source, own in genes.items():
-        counts = [f"{len(own & other):>{max(7, len(name))},}" for name, other in others.items()]
-        print(f"{source:{width}}  {len(own):>7,}  " + "  ".join(counts))
+        rows.append([source, *(f"{len(own & other):,}" for other in columns.values())])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def draw_coverage(path, figure_path, title):
     """Draw each source's number of genes, and each GO category's 20 commonest terms (paper, Figures 4, 5)."""
     with read_h5(path) as file:
-        panels = [("Genes with text", {source: len(file[source]["genes"]) for source in in_order(file)})]
-        for source in GO_PREFIX:
+        panels = {"Genes with text": {source: len(file[source]["genes"]) for source in in_order(file)}}
+        for source, category in GO_CATEGORIES.items():
             if source in file:
-                terms, counts = np.unique(file[source]["terms"].asstr()[:].astype(str), return_counts=True)
-                commonest = np.argsort(-counts, kind="stable")[:20]
-                bars = dict(zip(terms[commonest], counts[commonest]))
-                panels.append((f"{GO_PREFIX[source]}: commonest terms", bars))
+                counts = collections.Counter(file[source]["terms"].asstr()[:])
+                panels[f"{category}: commonest terms"] = dict(counts.most_common(20))
 
-    n_rows, n_columns = (len(panels) + 1) // 2, min(len(panels), 2)
-    height = 5.5 * n_rows if len(panels) > 1 else 1.2 + 0.35 * len(panels[0][1])
-    figure = new_figure(9 * n_columns, height, title)
-    for i, (name, bars) in enumerate(panels):
-        axes = figure.add_subplot(n_rows, n_columns, i + 1)
-        drawn = axes.barh(range(len(bars)), list(bars.values()), color=COLORS[i])
-        axes.bar_label(drawn, [f"{count:,}" for count in bars.values()], padding=3, fontsize=8)
-        labels = [label if len(label) < 60 else label[:57] + "..." for label in bars]
-        axes.set_yticks(range(len(bars)), labels, fontsize=8)
+    n_bars = [len(bars) for bars in panels.values()]
+    figure = new_figure(9, 0.9 * len(panels) + 0.2 * sum(n_bars), title)
+    places = figure.subplots(len(panels), squeeze=False, height_ratios=n_bars)
+    for axes, name, color in zip(places.flat, panels, COLORS):
+        bars = axes.barh(list(panels[name]), list(panels[name].values()), color=color)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        axes.tick_params("y", labelsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.08)
         axes.set(title=name, xlabel="genes")
@@ -475,7 +426,7 @@ def parse_arguments():
 
 
 def wanted_sources(args, space, raw):
-    """The sources of this call: {name: (options that decide it, {input file: address or None}, reader)}."""
+    """The sources of this call: {name: (options that decide it, {input file: address or ""}, reader)}."""
     wanted = {}
     for item in args.tsv:
         name, _, file = item.partition("=")
@@ -483,7 +434,7 @@ def wanted_sources(args, space, raw):
             sys.exit(f"error: --tsv {item}: expected NAME=FILE, a new NAME of letters, digits and '_'")
         if not Path(file).exists():
             sys.exit(f"error: --tsv {item}: {file} does not exist")
-        wanted[name] = {"tsv": True}, {Path(file): None}, functools.partial(read_tsv, file)
+        wanted[name] = {"tsv": True}, {Path(file): ""}, read_tsv
     for source in args.source or ([] if args.tsv else SOURCES):
         if space == "demo":
             wanted[source] = {"demo": 1}, {}, functools.partial(demo_texts, source)
@@ -504,10 +455,8 @@ def main():
              if not is_current(path, source_made_from(path, source, options, files), args.force, source)}
     if stale:
         figure_path.unlink(missing_ok=True)  # drawn again by the next run if this one ends before it
-        texts = collect(stale, args.force)
-        if any(url for _, files, _ in stale.values() for url in files.values()):  # own texts need no internet
-            download(VOCAB, vocab_path)
-        write_annotations(path, space, stale, texts)
+        fetch_inputs(stale, vocab_path, args.force)
+        write_annotations(path, space, stale)
     if not figure_path.exists():
         print_coverage(path, vocab_path)
         draw_coverage(path, figure_path, SYNTHETIC if space == "demo" else "Human genes")
@@ -625,7 +574,15 @@ def write_h5(path, made):
 
 def write_strings(group, name, strings):
     """Write a dataset of UTF-8 text."""
-    group.create_dataset(name, data=np.array(list(strings), dtype=object), dtype=h5py.string_dtype())
+    group.create_dataset(name, data=list(strings), dtype=h5py.string_dtype())
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Make the folder of `path`, and let one process at a time into the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield
 
 
 @contextlib.contextmanager

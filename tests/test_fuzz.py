@@ -91,7 +91,7 @@ def scripts(stage):
 def test_damaged_text_is_read_or_refused(scripts, tmp_path, kind):
     for name, (content, _) in TEXTS.items():
         (tmp_path / name).write_text(content)
-    (tmp_path / "summaries").write_text('{"n_genes": 1}\n["0", "FOSB", "Summary."]\n')
+    (tmp_path / "summaries").write_text('{"FOSB": "Gene Symbol FOSB Summary."}')
     content, read = TEXTS[kind]
     for seed in range(100):
         path = tmp_path / f"{kind}.{seed}"
