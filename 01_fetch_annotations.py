@@ -692,17 +692,22 @@ def difference(old, new):
 TIMEOUT = 60   # seconds without a byte after which a connection counts as dead
 TRIES = 6      # in a row that bring no new bytes
 BACKOFF = 1    # seconds of the first wait between tries; each later one is twice as long
-TRY_AGAIN = (429, 500, 502, 503, 504)  # status codes of a busy or failing server
-
-
-def address(url):
-    """`url`, or its place on the mirror that SCGENEPT_MIRROR names, to be printed: without a password."""
-    return re.sub(r"//[^/@]*@", "//", mirrored(url))
 
 
 def mirrored(url):
+    """`url`, or its place on the mirror that SCGENEPT_MIRROR names."""
     mirror = os.environ.get("SCGENEPT_MIRROR")
     return f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}" if mirror else url
+
+
+def address(url):
+    """Where `url` is asked for, to be printed: without a password."""
+    return re.sub(r"//[^/@]*@", "//", mirrored(url))
+
+
+def by_hand(path):
+    """What to do where a server refuses a program but may serve a person (a login, a captcha)."""
+    return f"; download it with a browser, save it as {path} and run the same command again"
 
 
 def request(url, path=None, method="GET", **options):
@@ -711,8 +716,8 @@ def request(url, path=None, method="GET", **options):
     Failed connections and busy servers are tried again, after waits that double or that the server asks for.
     path: where a file that the server refuses can be put by hand.
     """
-    retry = urllib3.Retry(TRIES - 1, backoff_factor=BACKOFF, status_forcelist=TRY_AGAIN, allowed_methods=None,
-                          raise_on_status=False)
+    retry = urllib3.Retry(TRIES - 1, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504),
+                          allowed_methods=None, raise_on_status=False)
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
@@ -720,26 +725,16 @@ def request(url, path=None, method="GET", **options):
     try:
         response = session.request(method, mirrored(url), stream=True, timeout=TIMEOUT, **options)
     except requests.RequestException as error:
-        sys.exit(f"error: {address(url)}: {cause_of(error)}; the same command goes on from here")
+        cause = error
+        while cause.__context__:  # the innermost reason; the outer ones quote the whole address
+            cause = cause.__context__
+        sys.exit(f"error: {address(url)}: {cause}; the same command goes on from here")
 
     is_page = "text/html" in response.headers.get("Content-Type", "")
     if response.status_code in (200, 206, 416) and not is_page:
         return response
     cause = f"{response.status_code} {response.reason}" + (", a web page" if is_page else "")
-    advice = "the same command goes on from here" if response.status_code in TRY_AGAIN else by_hand(path)
-    sys.exit(f"error: {address(url)}: {cause}" + (f"; {advice}" if advice else ""))
-
-
-def by_hand(path):
-    """What to do where a server refuses a program but may serve a person (a login, a captcha)."""
-    return f"download it with a browser, save it as {path} and run the same command again" if path else ""
-
-
-def cause_of(error):
-    """The innermost reason of a failed request, in one line; the outer ones quote the whole address."""
-    while inner := [e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)]:
-        error = inner[0]
-    return re.sub(r"^\S*Connection\w*\(.*?\): ", "", " ".join(str(error).split()))
+    sys.exit(f"error: {address(url)}: {cause}" + (by_hand(path) if path else ""))
 
 
 def download(url, path, size=None, md5=None):
@@ -750,29 +745,28 @@ def download(url, path, size=None, md5=None):
     keeps its SHA-256.
     """
     path = Path(path)
-    part = Path(f"{path}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         return path
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         if path.exists():  # another process was faster
             return path
         print(f"downloading {address(url)}")
-        n_tries, n_before = 0, 0
+        part = Path(f"{path}.part")
+        n_tries, n_most = 0, 0
         while not fetch_rest(url, path, part, size):
-            n_bytes = part.stat().st_size if part.exists() else 0
-            n_tries = 1 if n_bytes > n_before else n_tries + 1
-            n_before = n_bytes
+            n_tries += 1
+            if part.stat().st_size > n_most:
+                n_tries, n_most = 1, part.stat().st_size
             if n_tries == TRIES:
                 sys.exit(f"error: {address(url)}: the connection broke; the same command goes on from here")
             time.sleep(BACKOFF * 2 ** (n_tries - 1))
 
         found = checksum(part)
         wrong = what_is_wrong(part, size, md5)
-        Path(f"{part}.etag").unlink(missing_ok=True)
+        Path(f"{part}.etag").unlink()
         if wrong:
             part.unlink()
-            sys.exit(f"error: {address(url)}: {wrong}; {by_hand(path)}")
+            sys.exit(f"error: {address(url)}: {wrong}" + by_hand(path))
         write_text(f"{path}.sha256", f"{found}  {path.name}\n")
         os.replace(part, path)
     print(f"downloaded {path} ({path.stat().st_size:,} bytes, SHA-256 {found})")
@@ -782,37 +776,24 @@ def download(url, path, size=None, md5=None):
 def fetch_rest(url, path, part, size):
     """Append to `part` what it lacks of the file at `url`. Returns whether it is whole now."""
     etag = Path(f"{part}.etag")  # which version of the file `part` is from: the server's ETag, or its date
-    n_have = part.stat().st_size if part.exists() and etag.exists() else 0
-    headers = {"Range": f"bytes={n_have}-", "If-Range": etag.read_text()} if n_have else {}
+    version = etag.read_text() if etag.exists() and part.exists() else ""
+    n_have = part.stat().st_size if version else 0
+    headers = {"Range": f"bytes={n_have}-", "If-Range": version} if n_have else {}
     with request(url, path, headers=headers) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        if n_have and status == 416 and content_range == f"bytes */{n_have}":
-            return True  # .part is the whole file already
         if status == 200:  # the whole file
             n_have = 0
-            etag.unlink(missing_ok=True)
         elif status != 206 or not content_range.startswith(f"bytes {n_have}-"):
-            part.unlink(missing_ok=True)  # not the bytes that were asked for: start again
+            part.write_bytes(b"")  # not the bytes that were asked for: start again
             return False
 
         length = response.headers.get("Content-Length")
         total = n_have + int(length) if length else size
-        if size and total != size:
-            sys.exit(f"error: {address(url)}: the server's file has {total:,} bytes, expected {size:,}")
-        if total and total - n_have > shutil.disk_usage(part.parent).free:
-            sys.exit(f"error: {path}: no room on the disk for {total / 1e6:,.0f} MB")
-
-        version = response.headers.get("ETag")
-        if not version or version.startswith("W/"):  # a weak one does not promise the same bytes
-            version = response.headers.get("Last-Modified")
-        progress = tqdm(desc=path.name, total=total, initial=n_have, unit="B", unit_scale=True, disable=None)
         try:
-            with open(part, "ab" if n_have else "wb") as file, progress:
-                if version:
-                    etag.write_text(version)
-                for chunk in response.raw.stream(2**16, decode_content=False):
-                    file.write(chunk)
-                    progress.update(len(chunk))
+            with open(part, "ab" if n_have else "wb") as file, tqdm.wrapattr(
+                    file, "write", total, initial=n_have, desc=path.name, disable=None) as target:
+                etag.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified", ""))
+                shutil.copyfileobj(response.raw, target)
         except urllib3.exceptions.HTTPError:
             return False
         except OSError as error:
@@ -832,7 +813,7 @@ def what_is_wrong(path, size, md5):
     if size and n_bytes != size:
         return f"{n_bytes:,} bytes, expected {size:,}"
     if md5 and checksum(path, "md5") != md5:
-        return f"MD5 {checksum(path, 'md5')}, expected {md5}"
+        return f"another file than expected (MD5 {md5})"
     return ""
 
 
