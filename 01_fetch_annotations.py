@@ -48,14 +48,13 @@ RELEASED = {"ncbi": f"{BUCKET}/gene_embeddings/gene_annotations/NCBI_summary_of_
 VOCAB = f"{BUCKET}/pretrained/scgpt/vocab.json"
 GO_DATED, GO_CURRENT = "https://release.geneontology.org", "https://current.geneontology.org"
 NCBI = "https://eutils.ncbi.nlm.nih.gov/entrez/eutils"
-UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv&fields=gene_primary,cc_function"
-           "&query=%28organism_id%3A9606%29%20AND%20%28reviewed%3Atrue%29")
+UNIPROT = ("https://rest.uniprot.org/uniprotkb/stream?compressed=true&format=tsv"
+           "&fields=gene_primary,cc_function&query=%28organism_id%3A9606%29%20AND%20%28reviewed%3Atrue%29")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The demo's genes: invented, with texts that name the invented processes each gene takes part in
 
-SYNTHETIC = "SYNTHETIC: invented genes and processes"
 DEMO_PROCESSES = {  # process: (molecular function, cellular component), all invented
     "amber tide regulation": ("amber tide binding", "amber vesicle"),
     "birch lattice assembly": ("lattice ligase activity", "birch lattice"),
@@ -97,8 +96,8 @@ def demo_texts(source):
         return go_texts(source, {"go_f": functions, "go_c": components, "go_p": processes})
 
     texts = {}
-    for gene in genes:
-        texts[gene] = f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(processes[gene])}."
+    for gene, names in processes.items():
+        texts[gene] = f"Gene Symbol {gene} This synthetic gene takes part in {' and in '.join(names)}."
         if source == "ncbi+uniprot":
             texts[gene] += f" Protein summary: Has {' and '.join(functions[gene])}."
     return texts, None
@@ -230,7 +229,7 @@ def read_go(source, gaf, obo):
 # Human genes: the released texts, or fresh ones from NCBI and UniProt in the same form
 
 def ask_ncbi(tool, part, key, **params):
-    """That part of the JSON answer of one of NCBI's E-utilities which has something under `key`.
+    """The `part` of the JSON answer of one of NCBI's E-utilities, which has to have something under `key`.
 
     An overloaded service answers in another form, and is asked again. The API key travels in the body of the
     request and no redirect is followed, so that no message can quote it.
@@ -250,9 +249,9 @@ def ask_ncbi(tool, part, key, **params):
 
 
 def fetch_summaries(path):
-    """Texts of the human genes that NCBI summarizes, in the released form.
+    """Write the summaries of human genes that NCBI has today, in the released form.
 
-    Each page of 500 genes is kept in a file until the last has come: an interrupted run goes on there.
+    Each page of 500 genes is a file until the last has come, so that an interrupted run goes on there.
     """
     with locked(path):
         if path.exists():
@@ -261,7 +260,7 @@ def fetch_summaries(path):
         found = ask_ncbi("esearch", "esearchresult", "count", **query)
         n_genes, history = int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
 
-        # A page's name has the number of genes in it: pages of an earlier search may not fit to this one
+        # The number of genes is in the names of the pages, since those of an earlier search may not fit
         texts = {}
         for first in tqdm(range(0, n_genes, 500), desc=path.name, unit=" pages", disable=None):
             page = Path(f"{path}.{first}of{n_genes}.part")
@@ -359,7 +358,7 @@ def write_annotations(path, space, wanted):
             if terms:
                 write_strings(group, "terms", itertools.chain(*terms.values()))
                 group["term_offsets"] = np.cumsum([0, *map(len, terms.values())])
-            print(f"{source}: {len(texts):,} genes with text" + (f" ({SYNTHETIC})" if space == "demo" else ""))
+            print(f"{source}: {len(texts):,} genes with text")
 
 
 def in_order(sources):
@@ -458,8 +457,10 @@ def main():
         fetch_inputs(stale, vocab_path, args.force)
         write_annotations(path, space, stale)
     if not figure_path.exists():
+        title = "SYNTHETIC: invented genes and processes" if space == "demo" else "Human genes"
+        print(f"{title}: how many have a text, and how many are in the other lists too")
         print_coverage(path, vocab_path)
-        draw_coverage(path, figure_path, SYNTHETIC if space == "demo" else "Human genes")
+        draw_coverage(path, figure_path, title)
         print(f"wrote {path} and {figure_path}")
 
     own_texts = ["--source", *wanted, "--embedder", "lsa"] if args.tsv and not args.source else []
@@ -607,10 +608,8 @@ def read_h5(path, made_by=None):
 def refuse_other_files(file):
     """Raise OSError if an HDF5 file has links to other files or keeps data in them."""
     def lies_elsewhere(name, item):
-        if isinstance(item, h5py.ExternalLink):
-            return name
-        if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
-            return name
+        is_data_elsewhere = isinstance(item, h5py.Dataset) and (item.is_virtual or item.external)
+        return name if is_data_elsewhere or isinstance(item, h5py.ExternalLink) else None
     found = file.visititems_links(lies_elsewhere) or file.visititems(lies_elsewhere)
     if found:
         raise OSError(f"{found} lies in another file")
