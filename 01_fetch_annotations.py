@@ -371,7 +371,7 @@ def print_coverage(path, vocab_path):
     by exact symbol: the paper's Table 21."""
     with read_h5(path) as file:
         genes = {source: set(file[source]["genes"].asstr()[:]) for source in in_order(file)}
-    columns = {"genes": set().union(*genes.values())}
+    columns = {"genes": set().union(*genes.values())}  # all, so that each source has its own number there
     if vocab_path.exists():
         columns["scGPT vocab"] = set(read_json(vocab_path, int))
     columns |= genes
