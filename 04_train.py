@@ -40,6 +40,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,13 +336,12 @@ def set_up_machine(args):
     return machine
 
 
-def sum_over_processes(values, machine):
-    """Tensors without dimensions, each added up over the processes, as a list of numbers."""
-    if machine.n_processes == 1:
-        return [value.item() for value in values]
-    values = torch.stack([value.double() for value in values])
-    dist.all_reduce(values)
-    return values.tolist()
+def sum_over_processes(value, machine):
+    """A tensor without dimensions, added up over the processes, as a number."""
+    if machine.n_processes > 1:
+        value = value.double()
+        dist.all_reduce(value)
+    return value.item()
 
 
 def wait_for_all(machine):
@@ -389,20 +389,16 @@ def split_cells(data):
     Without validation conditions (03 --split none) a tenth of the training conditions validates instead of
     training; an only condition does both.
     """
-    cell_split = data.split[data.cell_condition]
-    is_train = np.isin(cell_split, ["train", "ctrl"])
-    is_val = cell_split == "val"
-    if not is_val.any():
+    trains, validates = np.isin(data.split, ["train", "ctrl"]), data.split == "val"  # (P,), (P,)
+    if not validates.any():
         conditions = np.flatnonzero(data.split == "train")
         chosen = random_stream("validation", 0).permutation(conditions)[:max(1, len(conditions) // 10)]
-        is_val = np.isin(data.cell_condition, chosen)
-        names, share = shared.shown(list(data.conditions[chosen]), 5), "a tenth of the training conditions"
-        if len(conditions) > 1:
-            is_train &= ~is_val
-        else:
-            share = "the only condition, which is also trained on"
-        print(f"  the split has no validation conditions; the best epoch is that for {names} ({share})")
-    return np.flatnonzero(is_train), np.flatnonzero(is_val)
+        validates[chosen] = True
+        trains[chosen] = len(conditions) == 1
+        share = "the only condition, also trained on" if trains[chosen].any() else "not trained on"
+        print("  the split has no validation conditions; the best epoch is the best for "
+              f"{shared.shown(data.conditions[chosen], 5)} ({share})")
+    return np.flatnonzero(trains[data.cell_condition]), np.flatnonzero(validates[data.cell_condition])
 
 
 def batches(data, cells, batch_size, n_genes, rng, with_targets=False):
@@ -414,14 +410,13 @@ def batches(data, cells, batch_size, n_genes, rng, with_targets=False):
     gene_idx = np.arange(len(data.genes))
     for start in range(0, len(cells), batch_size):
         batch = cells[start:start + batch_size]
-        if n_genes >= len(gene_idx):
-            yield batch, gene_idx
-        elif with_targets:
-            targets = np.setdiff1d(data.targets[data.cell_condition[batch]], [-1])[:n_genes]
-            others = rng.permutation(np.setdiff1d(gene_idx, targets))
-            yield batch, np.concatenate([targets, others[:n_genes - len(targets)]]).astype(np.int64)
-        else:
-            yield batch, rng.permutation(gene_idx)[:n_genes]
+        genes = gene_idx
+        if n_genes < len(gene_idx):
+            first = gene_idx[:0]
+            if with_targets:
+                first = np.setdiff1d(data.targets[data.cell_condition[batch]], [-1])
+            genes = np.concatenate([first, rng.permutation(np.setdiff1d(gene_idx, first))])[:n_genes]
+        yield batch, genes
 
 
 def perturbed_flags(data, cells, genes):
@@ -432,28 +427,24 @@ def perturbed_flags(data, cells, genes):
 
 def read_batch(cells, genes, job):
     """This process's share of a batch (B cells, L genes), as a namespace: token_ids and measured (L,), input,
-    target and flags (B, L) on the device; n_values, the number of measured values of target."""
+    target and flags (B, L) on the device; n_values, the number of measured values of the whole batch."""
     device = job.machine.device
+    n_values = len(cells) * int(job.data.measured[genes].sum())
     cells = cells[job.machine.rank::job.machine.n_processes]
     gene_idx = on_device(genes, device)
     return SimpleNamespace(
         token_ids=job.token_ids[gene_idx], measured=job.measured[gene_idx],
         input=job.expression(job.input_cell[cells], genes), target=job.expression(cells, genes),
-        flags=on_device(perturbed_flags(job.data, cells, genes), device),
-        n_values=len(cells) * int(job.data.measured[genes].sum()))
+        flags=on_device(perturbed_flags(job.data, cells, genes), device), n_values=n_values)
 
 
 def read_ahead(steps, job):
     """Yield read_batch of each (cells, genes) of `steps`. A thread reads the next one meanwhile: the cells
     may lie on a disk."""
     with ThreadPoolExecutor(1) as thread:
-        following = None
-        for cells, genes in steps:
-            batch, following = following, thread.submit(read_batch, cells, genes, job)
-            if batch:
-                yield batch.result()
-        if following:
-            yield following.result()
+        futures = (thread.submit(read_batch, cells, genes, job) for cells, genes in steps)
+        for batch, _ in pairwise(chain(futures, [None])):  # the second of a pair is being read by now
+            yield batch.result()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -538,22 +529,18 @@ def train_epoch(net, state, job, epoch):
         state.scaler.update()
         state.optimizer.zero_grad()
 
-        if state.scaler.is_enabled():  # float16: a step that overflowed was skipped
-            is_taken = norm.isfinite()
-            loss, n_taken = torch.where(is_taken, loss, 0), n_taken + is_taken
-        else:
-            n_taken += 1
-        total += loss
+        is_taken = norm.isfinite() | (not state.scaler.is_enabled())  # float16 skips steps that overflow
+        total += torch.where(is_taken, loss, 0)
+        n_taken += is_taken
         if machine.device.type == "cpu" or step % 50 == 0 or step == job.n_steps:  # item() makes a GPU wait
             mse = (total / n_taken.clamp(min=1)).item()
             if not math.isfinite(mse):
                 sys.exit(f"error: the training error is {mse} in epoch {epoch}, batch {step}; "
                          f"lower --lr {settings['lr']:g}")
             progress.set_postfix(mse=f"{mse:.4g}")
-    total, n_taken = sum_over_processes([total, n_taken], machine)
     if not n_taken:
         sys.exit(f"error: every step of epoch {epoch} overflowed in float16; lower --lr {settings['lr']:g}")
-    return total / n_taken
+    return sum_over_processes(total, machine) / (n_taken.item() * machine.n_processes)
 
 
 def add_gradients(net, state, job, batch):
@@ -579,10 +566,9 @@ def add_parts(net, state, job, batch):
     parts = parts_of(batch, job)
     total = torch.zeros((), device=job.machine.device)
     for part in parts:
-        is_last = part is parts[-1]  # with several processes, it also exchanges the gradients
-        with contextlib.nullcontext() if is_last or job.machine.n_processes == 1 else net.no_sync():
-            loss = squared_error(net, job, batch, part) / batch.n_values
-            state.scaler.scale(loss).backward()
+        net.require_backward_grad_sync = part is parts[-1]  # DistributedDataParallel averages once a batch
+        loss = squared_error(net, job, batch, part) * job.machine.n_processes / batch.n_values
+        state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
@@ -605,8 +591,7 @@ def validate(net, job):
         for part in parts_of(batch, job):
             squared += squared_error(net, job, batch, part)
         n += batch.n_values
-    squared, n = sum_over_processes([squared, torch.tensor(n, device=squared.device)], job.machine)
-    return squared / n
+    return sum_over_processes(squared, job.machine) / n
 
 
 def squared_error(net, job, batch, part):
