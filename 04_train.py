@@ -70,9 +70,11 @@ DEFAULTS = {  # pretrained: Table 31 of the paper; the sizes are those of the pr
                      "residual": True, "d_model": 64, "n_layers": 2, "n_heads": 4, "d_hid": 64},
     "demo": {"epochs": 6, "batch_size": 32, "lr": 2e-3, "genes_per_batch": 1536, "dropout": 0.0,
              "residual": False, "d_model": 64, "n_layers": 1, "n_heads": 4, "d_hid": 64}}
-SETTINGS = tuple(DEFAULTS["pretrained"])
 SIZES = {  # their names in scGPT's args.json
     "d_model": "embsize", "n_layers": "nlayers", "n_heads": "nheads", "d_hid": "d_hid"}
+IDENTITY = (  # with the inputs, what decides how a run is trained; more epochs only go on with it
+    "batch_size", "lr", "genes_per_batch", "dropout", "attention_dropout", "residual", "targets_in_batch",
+    "align", "pretrained", *SIZES)
 ALIGN = {  # --align: what it changes in the model's Config
     "layernorm": {}, "dropout0": {}, "projection": {}, "linear": {"layer_norm": False},
     "normalized": {"layer_norm": False, "normalize_language": True},
@@ -224,13 +226,12 @@ def build_model(plan, data, seed):
     variant, settings = plan.variant, plan.settings
     torch.manual_seed(seed)
     token_ids, tables, has_text = language_tables(data, plan.vectors, seed, variant.shuffled)
+    names = ("dropout", "attention_dropout", "residual", *SIZES)
     net = model.ScGenePT(model.Config(
-        n_tokens=data.n_tokens, pad_id=data.pad_id, **plan.sizes,
-        dropout=settings["dropout"], attention_dropout=settings["attention_dropout"],
-        has_tokens=variant.has_tokens, has_counts=variant.has_counts,
+        n_tokens=data.n_tokens, pad_id=data.pad_id, has_tokens=variant.has_tokens,
+        has_counts=variant.has_counts, n_language_rows=len(token_ids) if tables else 0,
         languages={source: table.shape[1] for source, table in tables.items()},
-        n_language_rows=len(token_ids) if tables else 0, residual=settings["residual"],
-        **ALIGN[settings["align"]]))
+        **{name: settings[name] for name in names}, **ALIGN[settings["align"]]))
     if tables:
         net.set_language(token_ids, tables, token_ids[has_text])
     if plan.pretrained and variant.pretrained:
@@ -260,9 +261,9 @@ def fit_projection(net, token_ids, tables):
 
 
 def find_pretrained(args, data, dataset_path):
-    """scGPT's best_model.pt (None when training from scratch) and the sizes of the model."""
+    """scGPT's best_model.pt and its sizes; None and {} when training from scratch."""
     if args.kind != "pretrained":
-        return None, {name: getattr(args, name) for name in SIZES}
+        return None, {}
     if data.vocab == "own genes":
         sys.exit(f"error: {dataset_path} has a vocabulary of its own, which fits no pretrained model: "
                  "add --no-pretrained")
@@ -344,10 +345,7 @@ def sum_over_processes(value, machine):
     return value.item()
 
 
-def wait_for_all(machine):
-    """Wait until every process has come to this line."""
-    if machine.n_processes > 1:
-        dist.barrier()
+
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -463,7 +461,7 @@ def train(run, net, data, settings, seed, machine):
         resume(state, run, machine)
     parallel = torch.nn.parallel.DistributedDataParallel(net) if machine.n_processes > 1 else net
 
-    while len(state.log) < settings["epochs"] and not has_stopped(state):
+    while len(state.log) < settings["epochs"] and not has_stopped(state.log):
         started = time.perf_counter()
         epoch = len(state.log) + 1
         train_mse = train_epoch(parallel, state, job, epoch)
@@ -477,9 +475,7 @@ def train(run, net, data, settings, seed, machine):
         lr = state.schedule.get_last_lr()[0]
         state.log.append(dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, lr, seconds, speed))))
         state.schedule.step()
-        mark = " "
-        if val_mse < state.best_val:
-            state.best_epoch, state.best_val, mark = epoch, val_mse, "*"
+        mark = "*" if best_of(state.log)["epoch"] == epoch else " "
         print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f} {mark}  "
               f"{seconds:.1f} s  {speed:,.0f} cells/s")
         if machine.rank == 0:
@@ -487,9 +483,14 @@ def train(run, net, data, settings, seed, machine):
     return state
 
 
-def has_stopped(state):
+def best_of(log):
+    """The line of the log with the lowest validation error."""
+    return min(log, key=lambda line: line["val_mse"])
+
+
+def has_stopped(log):
     """Whether the validation error has not improved for PATIENCE epochs."""
-    return len(state.log) - state.best_epoch >= PATIENCE
+    return bool(log) and len(log) - best_of(log)["epoch"] >= PATIENCE
 
 
 def make_job(data, settings, seed, machine):
@@ -628,13 +629,13 @@ def cells_at_once(net, n_genes, settings, machine):
 
 def new_state(net, settings, machine):
     """What changes during training, as a namespace: the model, optimizer, learning rate schedule and gradient
-    scaler; the log, a dict an epoch; the best epoch and its validation error."""
+    scaler; the log, a dict an epoch."""
     optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"], fused=machine.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
     return SimpleNamespace(
         net=net, optimizer=optimizer, schedule=schedule,
         scaler=torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16),
-        log=[], best_epoch=0, best_val=math.inf)
+        log=[])
 
 
 def resume(state, run, machine):
@@ -644,9 +645,9 @@ def resume(state, run, machine):
         for group in saved["optimizer"]["param_groups"]:
             group["fused"] = machine.device.type == "cuda"  # whatever device the run began on
         for name in ("net", "optimizer", "schedule", "scaler"):
-            if saved[name] or name != "scaler":  # a scaler's is empty where the precision did not need one
+            if saved[name]:  # a scaler's is empty where the precision did not need one
                 getattr(state, name).load_state_dict(saved[name])
-        state.log, state.best_epoch, state.best_val = saved["log"], saved["best_epoch"], saved["best_val"]
+        state.log = saved["log"]
     except Exception as error:  # torch raises many kinds for a damaged file
         cause = (str(error) or type(error).__name__).splitlines()[0]
         sys.exit(f"error: {run / 'state.pt'}: cannot be read ({cause}); --force trains anew")
@@ -658,29 +659,26 @@ def resume(state, run, machine):
 def save_state(state, run):
     """Write state.pt first: after a crash, model.pt and log.csv are made from it."""
     saved = {name: getattr(state, name).state_dict() for name in ("net", "optimizer", "schedule", "scaler")}
-    saved |= {"log": state.log, "best_epoch": state.best_epoch, "best_val": state.best_val}
     with shared.replacing(run / "state.pt") as partial, open(partial, "wb") as file:
-        torch.save(saved, file)
+        torch.save(saved | {"log": state.log}, file)
     save_derived(state, run)
 
 
 def save_derived(state, run):
     """Write model.pt, if the last epoch is the best one, and log.csv, whose numbers read back exactly."""
-    if state.best_epoch == len(state.log):
+    if best_of(state.log) is state.log[-1]:
         with shared.replacing(run / "model.pt") as partial:
             model.save(state.net, partial)
-    rows = [",".join(repr(row[column]) for column in LOG_COLUMNS) for row in state.log]
-    shared.write_text(run / "log.csv", "\n".join([",".join(LOG_COLUMNS), *rows]) + "\n")
+    lines = [",".join(map(repr, line.values())) for line in state.log]
+    shared.write_text(run / "log.csv", "\n".join([",".join(LOG_COLUMNS), *lines, ""]))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs
 
 def identity(config):
-    """The part of a run's config that decides what is trained, as shared.difference compares it."""
-    names = [name for name in SETTINGS if name != "epochs"]
-    names += ["attention_dropout", "targets_in_batch", "align", "pretrained", *SIZES]
-    return {"options": {name: config.get(name) for name in names}, "inputs": config.get("inputs", {})}
+    """The part of a run's config that decides how it is trained, as shared.difference compares it."""
+    return {"options": {name: config.get(name) for name in IDENTITY}, "inputs": config.get("inputs", {})}
 
 
 def train_run(run, config, plan, data, args, machine):
@@ -688,77 +686,69 @@ def train_run(run, config, plan, data, args, machine):
 
     --force trains in a folder beside it, which takes its place at the end.
     """
-    if machine.rank == 0 and not run.exists() and beside(run, "old").exists():
-        beside(run, "old").rename(run)  # killed while one folder took the other's place
-    wait_for_all(machine)
-    folder = beside(run, "new") if args.force else run
-    old = earlier_config(folder, config, args.force)
-    is_finished = old and old["finished"] and (old["stopped_early"] or old["epochs"] >= config["epochs"])
-    if is_finished and not args.force:
+    new = run.with_name(f"{run.name}.new")
+    folder = new if args.force else run
+    if machine.rank == 0:
+        if read_config(new).get("finished"):  # killed before it took its place
+            replace_folder(run, new)
+        clear_folder(folder, config, args.force)
+    if machine.n_processes > 1:
+        dist.barrier()
+    old = read_config(folder)
+    if old.get("finished") and (old["stopped_early"] or old["epochs"] >= config["epochs"]):
         print(f"  finished already, {old['epochs']} epochs (--force trains anew)")
         return
 
     net = build_model(plan, data, config["seed"])
     config["n_parameters"] = sum(p.numel() for p in net.parameters())
     n_genes = min(config["genes_per_batch"], len(data.genes))
-    config["cells_at_once"] = cells_at_once(net, n_genes, plan.settings, machine)
+    config["cells_at_once"] = cells_at_once(net, n_genes, config, machine)
     print(f"  {config['n_parameters']:,} parameters; a batch: {config['batch_size']} cells x {n_genes:,} "
           f"genes, {config['cells_at_once']} cells at once")
     if args.compile:
         torch.compiler.reset()  # otherwise the fourth kind of model in one command is not compiled
         net.compile()
 
-    wait_for_all(machine)  # all processes have looked into the folder
     if machine.rank == 0:
-        if old is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for leftover in folder.glob("*.tmp"):  # of a run that was killed
-            leftover.unlink()
         shared.write_text(folder / "config.json", json.dumps(config | {"finished": False}, indent=1))
-    wait_for_all(machine)
-
-    settings = plan.settings | {"cells_at_once": config["cells_at_once"]}
-    state = train(folder, net, data, settings, config["seed"], machine)
-    print(f"  best epoch {state.best_epoch}, validation MSE {state.best_val:.5f}")
+    state = train(folder, net, data, config, config["seed"], machine)
+    best = best_of(state.log)
+    print(f"  best epoch {best['epoch']}, validation MSE {best['val_mse']:.5f}")
     if machine.rank == 0:
-        config |= {"epochs": max(config["epochs"], len(state.log)), "stopped_early": has_stopped(state),
-                   "best_epoch": state.best_epoch, "best_val_mse": state.best_val, "finished": True}
+        config |= {"epochs": max(config["epochs"], len(state.log)), "stopped_early": has_stopped(state.log),
+                   "best_epoch": best["epoch"], "best_val_mse": best["val_mse"], "finished": True}
         shared.write_text(folder / "config.json", json.dumps(config, indent=1))
         if args.force:
-            replace_folder(run, folder)
+            replace_folder(run, new)
 
 
-def earlier_config(folder, config, force):
-    """The config of the run in `folder` if this one can go on with it, else None. Another run there is an
-    error."""
-    if not (folder / "config.json").exists():
-        return None
-    old = shared.read_json(folder / "config.json", object)
-    if old["finished"] and not (folder / "model.pt").exists():
-        print("  model.pt is missing: trains again")
-        return None
+def read_config(run):
+    """The config of the run in a folder, {} if there is none."""
+    path = run / "config.json"
+    return shared.read_json(path, object) if path.exists() else {}
+
+
+def clear_folder(folder, config, force):
+    """Empty a run's folder, unless the run can go on from what is there. Weights of another run there are an
+    error; with --force they are what an earlier --force left behind."""
+    old = read_config(folder)
     words = shared.difference(identity(old), identity(config))
-    if not words:
-        return old
-    is_begun = old["finished"] or (folder / "state.pt").exists()
-    if is_begun and not force:  # with --force it is what an earlier --force left behind
+    if old and words and not force and any(folder.glob("*.pt")):
         sys.exit(f"error: {folder} was trained otherwise ({words}); keep both with --name, or replace it "
                  "with --force")
-    return None
-
-
-def beside(run, ending):
-    """The folder beside a run's that holds its `new` or `old` version while one takes the other's place."""
-    return run.with_name(f"{run.name}.{ending}")
+    is_lost = old.get("finished") and not (folder / "model.pt").exists()
+    if is_lost:
+        print("  model.pt is missing: trains again")
+    if words or is_lost:
+        shutil.rmtree(folder, ignore_errors=True)
+    for leftover in folder.glob("*.tmp"):  # of a run that was killed
+        leftover.unlink()
 
 
 def replace_folder(run, new):
     """Put the folder `new` in the place of `run`."""
-    shutil.rmtree(beside(run, "old"), ignore_errors=True)
-    if run.exists():
-        run.rename(beside(run, "old"))
+    shutil.rmtree(run, ignore_errors=True)
     new.rename(run)
-    shutil.rmtree(beside(run, "old"), ignore_errors=True)
 
 
 def only_trainer(run, machine):
@@ -886,13 +876,13 @@ def check_arguments(args):
 
 def plan_run(name, embeddings, pretrained, sizes, args, machine):
     """What --variant NAME, or NAME,align=WAY, stands for, as a namespace: variant, name (of the run),
-    vectors {source: file}, settings, pretrained (file or None), sizes."""
+    vectors {source: file}, settings, pretrained (file or None). sizes: those of a pretrained model."""
     variant_name, _, align = name.partition(",align=")
     align = align or args.align
     variant = parse_variant(variant_name, {*shared.SOURCES, *embeddings})
     vectors, labels = choose_embeddings(variant, embeddings, args)
-    settings = {key: getattr(args, key) for key in (*SETTINGS, "attention_dropout", "targets_in_batch",
-                                                   "cells_at_once")}
+    settings = {name: getattr(args, name) for name in ("epochs", "cells_at_once", *IDENTITY)}
+    settings |= {**sizes, "pretrained": pretrained is not None}
     if settings["attention_dropout"] is None:
         settings["attention_dropout"] = 0.0 if machine.device.type == "cpu" else settings["dropout"]
     settings["align"] = align if variant.sources else "layernorm"
@@ -921,7 +911,7 @@ def plan_run(name, embeddings, pretrained, sizes, args, machine):
     if args.name:
         labels += [f"name={args.name}"]
     return SimpleNamespace(variant=variant, name=",".join([variant.name, *labels]), vectors=vectors,
-                           settings=settings, pretrained=pretrained, sizes=sizes)
+                           settings=settings, pretrained=pretrained)
 
 
 def make_config(plan, seed, inputs, machine):
@@ -930,8 +920,7 @@ def make_config(plan, seed, inputs, machine):
     device, precision = describe_device(machine.device)
     about = shared.provenance("")
     return {
-        "variant": plan.name, "seed": seed, "sources": plan.variant.sources, **plan.settings, **plan.sizes,
-        "pretrained": plan.pretrained is not None,
+        "variant": plan.name, "seed": seed, "sources": plan.variant.sources, **plan.settings,
         "embeddings": {source: path.name for source, path in plan.vectors.items()},
         "inputs": inputs | {source: shared.fingerprint(path) for source, path in plan.vectors.items()},
         "device": device, "precision": precision, "n_processes": machine.n_processes,

@@ -221,9 +221,9 @@ def test_training_is_a_plain_loop_of_adam_on_the_mean_squared_error_of_measured_
     data = stage("03_prepare_data").load_dataset(root / "data/demo/dataset.h5", "")
     data.measured[[3, 50, 99]] = False
     settings = {"epochs": 2, "batch_size": 100, "lr": 2e-3, "genes_per_batch": 40, "dropout": 0.0, "attention_dropout": 0.0,
-                "targets_in_batch": False, "align": "layernorm", "residual": False, "cells_at_once": 100}
-    plan = SimpleNamespace(variant=training.parse_variant("scgpt", []), settings=settings, vectors={}, pretrained=None,
-                           sizes={"d_model": 16, "n_heads": 2, "d_hid": 16, "n_layers": 1})
+                "targets_in_batch": False, "align": "layernorm", "residual": False, "cells_at_once": 100,
+                "d_model": 16, "n_heads": 2, "d_hid": 16, "n_layers": 1}
+    plan = SimpleNamespace(variant=training.parse_variant("scgpt", []), settings=settings, vectors={}, pretrained=None)
     machine = training.set_up_machine(SimpleNamespace(device="cpu", batch_size=100, align="layernorm"))
 
     run = root / "run"
@@ -259,7 +259,7 @@ def test_training_is_a_plain_loop_of_adam_on_the_mean_squared_error_of_measured_
     for key, plain in net.state_dict().items():
         if not key.endswith("in_proj_bias"):  # the keys' bias changes no attention: its gradient is rounding, which Adam scales up
             assert (saved["net"][key] - plain).norm() < 1e-3 * plain.norm(), key
-    assert state.best_val == min(row["val_mse"] for row in saved["log"])
+    assert state.log == saved["log"] and training.best_of(state.log)["val_mse"] == min(row["val_mse"] for row in state.log)
 
 
 def test_the_validation_error_is_that_of_the_best_weights_on_the_validation_cells(training, stage, root):
@@ -537,16 +537,17 @@ def test_force_killed_midway_leaves_the_old_model_in_use_and_goes_on_beside_it(t
     assert [path.name for path in new.parent.iterdir() if not path.name.startswith(".")] == ["seed42"]
 
 
-@pytest.mark.parametrize("is_moved", [False, True])
-def test_force_killed_as_the_new_run_takes_the_place_of_the_old_one_goes_on(root, is_moved):
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_force_killed_as_the_new_run_takes_the_place_of_the_old_one_goes_on(root, is_gone):
     train(root, "--epochs", 1, "--lr", 2e-3)
     run = root / "runs/demo/scgpt/seed42"
-    run.rename(f"{run}.new")
-    expected = weights(root, "scgpt/seed42.new")
+    expected = weights(root)
+    run.rename(root / "new")
     train(root, "--epochs", 1)
-    if is_moved:
-        run.rename(f"{run}.old")
-    train(root, "--epochs", 1, "--lr", 2e-3, "--force")
+    (root / "new").rename(f"{run}.new")
+    if is_gone:
+        shutil.rmtree(run)
+    assert "finished already" in train(root, "--epochs", 1, "--lr", 2e-3).stdout
     assert are_equal(expected, weights(root)) and config_of(root)["lr"] == 2e-3
     assert [path.name for path in run.parent.iterdir() if not path.name.startswith(".")] == ["seed42"]
 
