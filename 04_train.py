@@ -172,16 +172,13 @@ def choose_embeddings(variant, found, args):
 
 def choose(option, wanted, available, preferred, variant):
     """The value of --embedder or --mode, and [option=value] unless that is the default."""
-    default = preferred if preferred in available else None
+    # lsa-64 is lsa with --dim 64 of stage 02: the default only where it is alone
     whole = [name for name in available if name.rpartition("-")[0] not in available]
-    if len(whole) == 1:  # lsa-64 is lsa with --dim 64 of stage 02: the default only where it is alone
-        default = whole[0]
+    default = whole[0] if len(whole) == 1 else preferred
     value = wanted or default
-    names = ", ".join(sorted(available))
-    if value is None:
-        sys.exit(f"error: {variant.name}: there are vectors of {names}; choose with --{option}")
     if value not in available:
-        sys.exit(f"error: {variant.name}: no vectors with {option} {value} (there are: {names})")
+        sys.exit(f"error: {variant.name}: no vectors with {option} {value}; choose with --{option}: "
+                 f"{', '.join(sorted(available))}")
     return value, [] if value == default else [f"{option}={value}"]
 
 
@@ -193,27 +190,26 @@ def language_tables(data, files, seed, shuffled):
     permutes the vectors among the genes that have a text.
     """
     token_ids, gene_idx = np.unique(data.token_ids, return_index=True)
-    has_text = np.zeros(len(token_ids), dtype=bool)
+    genes = data.genes[gene_idx]
+    has_text = np.zeros(len(genes), dtype=bool)
     tables = {}
     for i, (source, path) in enumerate(files.items()):
         rng = random_stream("language", seed, i)
-        genes, vectors = embed.read_embeddings(path)
-        row_of = {gene: row for row, gene in enumerate(genes)}
-        file_rows = np.array([row_of.get(gene, -1) for gene in data.genes[gene_idx]])
-        file_rows[token_ids == data.pad_id] = -1
-        language_rows = np.flatnonzero(file_rows >= 0)  # those that get a vector of the file
-        if not len(language_rows):
+        names, vectors = embed.read_embeddings(path)
+        row_of = {gene: row for row, gene in enumerate(names)}
+        with_text = np.array([gene in row_of for gene in genes]) & (token_ids != data.pad_id)  # (R,)
+        if not with_text.any():
             sys.exit(f"error: {path}: has no vector of any of the dataset's genes ({data.genes[0]}, ...)")
 
-        file_rows = file_rows[language_rows]
+        file_rows = [row_of[gene] for gene in genes[with_text]]
         if shuffled:
             file_rows = rng.permutation(file_rows)
-        table = rng.uniform(-0.1, 0.1, (len(token_ids), vectors.shape[1])).astype(np.float32)
-        table[language_rows] = vectors[file_rows]
+        table = rng.uniform(-0.1, 0.1, (len(genes), vectors.shape[1])).astype(np.float32)
+        table[with_text] = vectors[file_rows]
         tables[source] = table
-        has_text[language_rows] = True
+        has_text |= with_text
         note = " (SHUFFLED among genes)" if shuffled else ""
-        print(f"  {source}: {len(language_rows):,} of {len(data.genes):,} genes have a text, vectors of "
+        print(f"  {source}: {with_text.sum():,} of {len(data.genes):,} genes have a text, vectors of "
               f"{vectors.shape[1]} numbers from {path.name}{note}")
     return token_ids, tables, has_text
 
@@ -268,12 +264,8 @@ def find_pretrained(args, data, dataset_path):
         sys.exit(f"error: {dataset_path} has a vocabulary of its own, which fits no pretrained model: "
                  "add --no-pretrained")
     folder = args.pretrained or args.root / "data" / "human" / "scgpt"
-    for name in PRETRAINED_FILES:
-        if not args.pretrained:
-            shared.download(PRETRAINED_URL + name, folder / name)
-        elif not (folder / name).exists():
-            sys.exit(f"error: {folder / name} does not exist; --pretrained takes a folder with "
-                     + ", ".join(PRETRAINED_FILES))
+    for name in () if args.pretrained else PRETRAINED_FILES:
+        shared.download(PRETRAINED_URL + name, folder / name)
     if shared.fingerprint(folder / "vocab.json") != data.vocab:
         prepare_it = shared.command("03_prepare_data.py", args, "--vocab", folder / "vocab.json")
         sys.exit(f"error: {dataset_path} was made with another vocabulary than {folder / 'vocab.json'}; "
@@ -473,11 +465,12 @@ def train(run, net, data, settings, seed, machine):
         seconds = time.perf_counter() - started
         speed = (job.n_steps * settings["batch_size"] + len(job.val_cells)) / seconds
         lr = state.schedule.get_last_lr()[0]
-        state.log.append(dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, lr, seconds, speed))))
+        line = dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, lr, seconds, speed)))
+        state.log.append(line)
         state.schedule.step()
-        mark = "*" if best_of(state.log)["epoch"] == epoch else " "
-        print(f"  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f} {mark}  "
-              f"{seconds:.1f} s  {speed:,.0f} cells/s")
+        mark = "*" if best_of(state.log) is line else " "
+        print("  epoch {epoch:2d}  train MSE {train_mse:.5f}  validation MSE {val_mse:.5f} {mark}  "
+              "{seconds:.1f} s  {cells_per_second:,.0f} cells/s".format(mark=mark, **line))
         if machine.rank == 0:
             save_state(state, run)
     return state
@@ -613,7 +606,7 @@ def cells_at_once(net, n_genes, settings, machine):
 
     # The numbers that a cell's gradients need, counted in the model's forward pass
     config = net.config
-    n_layers = config.n_layers * (2 if config.two_encoders else 1)
+    n_layers = config.n_layers * (1 + config.two_encoders)
     numbers = n_genes * (n_layers * (12 * config.d_model + 2 * config.d_hid) + 12 * config.d_model)
     memory = CPU_MEMORY
     if machine.device.type == "cuda":
@@ -768,30 +761,26 @@ def find_runs(root, dataset, wanted=None):
     line."""
     folder = root / "runs" / dataset
     dataset_made = shared.fingerprint(root / "data" / dataset / "dataset.h5")
-    runs, names = [], set()
-    for path in sorted(folder.glob("*/seed*/config.json")):
-        run, name, seed = path.parent, path.parent.parent.name, path.parent.name.removeprefix("seed")
-        if not seed.isdigit():  # seed42.new, of a --force under way
+    paths = sorted(folder.glob("*/seed*[0-9]"))  # not seed42.new, of a --force under way
+    runs = []
+    for path in paths:
+        name, config = path.parent.name, read_config(path)
+        if not config or wanted is not None and name not in wanted:
             continue
-        names.add(name)
-        if wanted is not None and name not in wanted:
-            continue
-        config = shared.read_json(path, object)
-        train_it = f"python {config.get('command', '04_train.py')}"
+        train_it = f"python {config['command']}"
         if not config["finished"]:
-            print(f"left out: {run} is not finished; go on: {train_it}")
-        elif not (run / "model.pt").exists():
-            print(f"left out: {run} has no model.pt; train again: {train_it}")
-        elif config.get("inputs", {}).get("dataset.h5") != dataset_made:
-            print(f"left out: {run}: the dataset has changed since; train again: {train_it} --force")
+            print(f"left out: {path} is not finished; go on: {train_it}")
+        elif not (path / "model.pt").exists():
+            print(f"left out: {path} has no model.pt; train again: {train_it}")
+        elif config["inputs"]["dataset.h5"] != dataset_made:
+            print(f"left out: {path}: the dataset has changed since; train again: {train_it} --force")
         else:
-            runs.append(SimpleNamespace(name=name, seed=int(seed), path=run / "model.pt", config=config))
+            seed = config["seed"]
+            runs.append(SimpleNamespace(name=name, seed=seed, path=path / "model.pt", config=config))
     for name in wanted or ():
-        if name not in names:
-            there = ", ".join(sorted(names)) or "none"
-            sys.exit(f"error: --run {name}: not found in {folder}; there are: {there}")
         if not any(run.name == name for run in runs):
-            sys.exit(f"error: --run {name}: none of its runs can be used (see above)")
+            there = ", ".join(sorted({path.parent.name for path in paths})) or "none"
+            sys.exit(f"error: --run {name}: not found in {folder} (there: {there}), or left out above")
     return sorted(runs, key=lambda run: (not run.name.startswith("scgpt"), run.name, run.seed))
 
 
@@ -816,28 +805,29 @@ def parse_arguments():
         help="which vectors, where a source has several (default: the only ones, else published)")
     add("--mode", choices=("concat", "avg"),
         help="how texts were embedded, where a source has both (default: the only ones, else concat)")
-    add("--epochs", type=int, metavar="N", help="at most")
-    add("--batch-size", type=int, metavar="N", help="cells a batch")
-    add("--cells-at-once", type=int, metavar="N", help="a batch goes through the model in parts of so many "
-        "cells: less memory, the same training (default: as many as the free memory allows)")
+    add("--epochs", type=positive, metavar="N", help="at most")
+    add("--batch-size", type=positive, metavar="N", help="cells a batch")
+    add("--cells-at-once", type=positive, metavar="N",
+        help="a batch goes through the model in parts of so many cells: less memory, the same training "
+             "(default: as many as fit)")
     add("--lr", type=float, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
-    add("--genes-per-batch", type=int, metavar="N", help="genes drawn for a batch")
+    add("--genes-per-batch", type=positive, metavar="N", help="genes drawn for a batch")
     add("--targets-in-batch", action="store_true",
         help="the genes drawn for a batch contain its cells' targets (in the paper they need not)")
     add("--align", choices=ALIGN, default="layernorm", metavar="WAY",
         help=f"{', '.join(ALIGN)} (default: layernorm)")
     add("--residual", action=argparse.BooleanOptionalAction,
         help="the model predicts the change from the input expression")
-    add("--dropout", type=float, metavar="X", help="share of values set to zero")
-    add("--attention-dropout", type=float, metavar="X",
+    add("--dropout", type=fraction, metavar="X", help="share of values set to zero")
+    add("--attention-dropout", type=fraction, metavar="X",
         help="of attention probabilities (default: as --dropout; 0 on a CPU, whose fast attention has none)")
     add("--pretrained", type=Path, metavar="DIR",
         help="folder with scGPT's best_model.pt, args.json, vocab.json (default: data/human/scgpt/, fetched)")
     add("--no-pretrained", action="store_true", help="start from random weights, with these sizes:")
-    add("--d-model", type=int, metavar="N", help="width of the model")
-    add("--n-layers", type=int, metavar="N", help="layers of the transformer")
-    add("--n-heads", type=int, metavar="N", help="attention heads of a layer")
-    add("--d-hid", type=int, metavar="N", help="width inside the feed-forward blocks")
+    add("--d-model", type=positive, metavar="N", help="width of the model")
+    add("--n-layers", type=positive, metavar="N", help="layers of the transformer")
+    add("--n-heads", type=positive, metavar="N", help="attention heads of a layer")
+    add("--d-hid", type=positive, metavar="N", help="width inside the feed-forward blocks")
     add("--compile", action="store_true", help="compile the model: minutes at first, for long runs on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args()
@@ -845,8 +835,22 @@ def parse_arguments():
     return args
 
 
+def positive(text):
+    """A whole number above 0 on the command line (the type of an argparse option)."""
+    if int(text) <= 0:
+        raise argparse.ArgumentTypeError("has to be above 0")
+    return int(text)
+
+
+def fraction(text):
+    """A number from 0 to below 1 on the command line (the type of an argparse option)."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError("has to be from 0 to below 1")
+    return float(text)
+
+
 def check_arguments(args):
-    """Fill in the defaults of the dataset. Ends the run for impossible values."""
+    """Fill in the defaults of the dataset. Ends the run for options that do not go together."""
     is_demo = shared.space_of(args.dataset) == "demo"
     kind = "demo" if is_demo else "from scratch" if args.no_pretrained else "pretrained"
     for name in SIZES if kind == "pretrained" else ():
@@ -858,18 +862,11 @@ def check_arguments(args):
         if getattr(args, name) is None and name != "residual":  # see plan_run
             setattr(args, name, value)
     args.variant = args.variant or (DEMO_VARIANTS if is_demo else VARIANTS)
-    for name in ("epochs", "batch_size", "lr", "genes_per_batch", "cells_at_once", *SIZES):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
-    for name in ("dropout", "attention_dropout"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} has to be from 0 to below 1")
+
     if args.name:
         shared.check_name(args.name, "--name")
-    if args.pretrained and is_demo:
-        sys.exit("error: --pretrained: the demo's genes are invented; it trains from scratch")
-    if args.pretrained and args.no_pretrained:
-        sys.exit("error: --pretrained or --no-pretrained, not both")
+    if args.pretrained and kind != "pretrained":
+        sys.exit("error: --pretrained: not with --no-pretrained, nor for the demo, whose genes are invented")
     if kind != "pretrained" and args.d_model % args.n_heads:
         sys.exit(f"error: --d-model {args.d_model} is not a multiple of --n-heads {args.n_heads}")
 
@@ -879,33 +876,37 @@ def plan_run(name, embeddings, pretrained, sizes, args, machine):
     vectors {source: file}, settings, pretrained (file or None). sizes: those of a pretrained model."""
     variant_name, _, align = name.partition(",align=")
     align = align or args.align
-    variant = parse_variant(variant_name, {*shared.SOURCES, *embeddings})
-    vectors, labels = choose_embeddings(variant, embeddings, args)
-    settings = {name: getattr(args, name) for name in ("epochs", "cells_at_once", *IDENTITY)}
-    settings |= {**sizes, "pretrained": pretrained is not None}
-    if settings["attention_dropout"] is None:
-        settings["attention_dropout"] = 0.0 if machine.device.type == "cpu" else settings["dropout"]
-    settings["align"] = align if variant.sources else "layernorm"
-    default_residual = DEFAULTS[args.kind]["residual"] and variant.has_counts
-    settings["residual"] = default_residual if args.residual is None else args.residual
-    if settings["align"] == "dropout0":
-        settings |= {"dropout": 0.0, "attention_dropout": 0.0}
     if align not in ALIGN:
         sys.exit(f"error: variant {name!r}: --align is one of {', '.join(ALIGN)}")
-    if settings["align"] == "batchnorm" and (machine.n_processes > 1 or args.cells_at_once):
-        sys.exit(f"error: {variant.name}: --align batchnorm takes a batch in one piece: it normalizes by all "
-                 "of its cells")
-    if settings["align"] == "target-by-text" and not variant.has_tokens:
-        sys.exit(f"error: {variant.name}: --align target-by-text needs a variant with tokens")
-    if settings["residual"] and not variant.has_counts:
-        sys.exit(f"error: {variant.name}: --residual needs a variant with counts")
-    if settings["align"] == "projection" and not (pretrained and variant.pretrained and variant.has_tokens):
-        sys.exit(f"error: {variant.name}: --align projection needs pretrained token vectors")
+    variant = parse_variant(variant_name, {*shared.SOURCES, *embeddings})
+    vectors, labels = choose_embeddings(variant, embeddings, args)
+    if not variant.sources:
+        align = "layernorm"
+    default_residual = DEFAULTS[args.kind]["residual"] and variant.has_counts
+    residual = default_residual if args.residual is None else args.residual
+    settings = {name: getattr(args, name) for name in ("epochs", "cells_at_once", *IDENTITY)}
+    settings |= {**sizes, "pretrained": pretrained is not None, "align": align, "residual": residual}
+    if args.attention_dropout is None:
+        settings["attention_dropout"] = 0.0 if machine.device.type == "cpu" else args.dropout
+    if align == "dropout0":
+        settings |= {"dropout": 0.0, "attention_dropout": 0.0}
 
-    if settings["align"] != "layernorm":
+    problems = {
+        "--align batchnorm takes a batch in one piece: it normalizes by all of its cells":
+            align == "batchnorm" and (machine.n_processes > 1 or args.cells_at_once),
+        "--align target-by-text needs a variant with tokens":
+            align == "target-by-text" and not variant.has_tokens,
+        "--align projection needs pretrained token vectors":
+            align == "projection" and not (pretrained and variant.pretrained and variant.has_tokens),
+        "--residual needs a variant with counts": residual and not variant.has_counts}
+    for problem, is_there in problems.items():
+        if is_there:
+            sys.exit(f"error: {variant.name}: {problem}")
+
+    if align != "layernorm":
         labels += [f"align={align}"]
-    if settings["residual"] != default_residual:
-        labels += ["residual" if args.residual else "no-residual"]
+    if residual != default_residual:
+        labels += ["residual" if residual else "no-residual"]
     if args.targets_in_batch:
         labels += ["targets-in-batch"]
     if args.name:

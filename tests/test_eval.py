@@ -257,7 +257,7 @@ def test_an_unfinished_run_asked_for_by_name_says_so_with_the_command_that_goes_
         folder = own_runs / f"runs/demo/scgpt/seed{seed}"
         change_config(folder, finished=False, command="04_train.py --epochs 9")
     done = run_script("05_eval.py", "--run", "scgpt", root=own_runs, check=False)
-    assert done.returncode == 1 and "--run scgpt: none of its runs can be used (see above)" in done.stderr
+    assert done.returncode == 1 and "error: --run scgpt: not found" in done.stderr and "left out above" in done.stderr
     for seed in (23, 42):
         assert f"scgpt/seed{seed} is not finished; go on: python 04_train.py --epochs 9\n" in done.stdout
 

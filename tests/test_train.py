@@ -419,7 +419,7 @@ def test_the_projection_needs_pretrained_tokens_and_takes_them(pretrained, tmp_p
     (lambda folder: (folder / "best_model.pt").write_text("<html>"), "best_model.pt: expected weights"),
     (lambda folder: (folder / "args.json").write_text("{}"), "args.json: not scGPT's settings"),
     (lambda folder: (folder / "vocab.json").write_text('{"<pad>": 0}'), "made with another vocabulary"),
-    (lambda folder: (folder / "best_model.pt").unlink(), "best_model.pt does not exist")])
+    (lambda folder: (folder / "best_model.pt").unlink(), "best_model.pt: No such file")])
 def test_a_pretrained_folder_that_does_not_fit_is_an_error(pretrained, tmp_path, spoil, message):
     spoil(pretrained)
     options = ("--dataset", "mine", "--variant", "scgpt", "--pretrained", pretrained, "--epochs", 1)
@@ -610,11 +610,11 @@ def test_printed_commands_carry_root_and_dataset(root, demo):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--variant", "scgenept_go_x"], "unknown source"), (["--epochs", "0"], "--epochs has to be above 0"),
+    (["--variant", "scgenept_go_x"], "unknown source"), (["--epochs", "0"], "--epochs: has to be above 0"),
     (["--dropout", "1"], "--dropout"), (["--batch-size", "4000"], "lower --batch-size"), (["--device", "meta"], "--device meta"),
     (["--device", "cuda"], "--device cuda"), (["--dataset", "a/../b"], "--dataset"), (["--name", "a/b"], "--name"),
-    (["--n-heads", "3"], "not a multiple"), (["--n-heads", "0"], "--n-heads has to be above 0"),
-    (["--pretrained", "nowhere"], "the demo's genes are invented"), (["--seed", "-1"], "invalid seed value: '-1'"),
+    (["--n-heads", "3"], "not a multiple"), (["--n-heads", "0"], "--n-heads: has to be above 0"),
+    (["--pretrained", "nowhere"], "nor for the demo, whose genes are invented"), (["--seed", "-1"], "invalid seed value: '-1'"),
     (["--d-hid", "1000000000000"], "not enough memory")])
 def test_bad_options_are_one_line(root, args, message):
     if torch.cuda.is_available() and "cuda" in args:
