@@ -72,7 +72,7 @@ DEFAULTS = {  # pretrained: Table 31 of the paper; the sizes are those of the pr
              "residual": False, "d_model": 64, "n_layers": 1, "n_heads": 4, "d_hid": 64}}
 SIZES = {  # their names in scGPT's args.json
     "d_model": "embsize", "n_layers": "nlayers", "n_heads": "nheads", "d_hid": "d_hid"}
-IDENTITY = (  # with the inputs, what decides how a run is trained; more epochs only go on with it
+IDENTITY = (  # the settings that make it another run; more epochs only go on with it
     "batch_size", "lr", "genes_per_batch", "dropout", "attention_dropout", "residual", "targets_in_batch",
     "align", "pretrained", *SIZES)
 ALIGN = {  # --align: what it changes in the model's Config
@@ -131,8 +131,7 @@ def parse_sources(name, joined, known_sources):
         if source is None:
             sys.exit(f"error: variant {name!r}: unknown source {joined!r}; known are "
                      f"{', '.join(sorted(known_sources))} (your own texts: 01 --tsv, then 02 --source)")
-        if source in sources:
-            sys.exit(f"error: variant {name!r} names the source {source} twice")
+
         sources.append(source)
         joined = joined[len(source) + 1:]
     return sources
@@ -264,8 +263,9 @@ def find_pretrained(args, data, dataset_path):
         sys.exit(f"error: {dataset_path} has a vocabulary of its own, which fits no pretrained model: "
                  "add --no-pretrained")
     folder = args.pretrained or args.root / "data" / "human" / "scgpt"
-    for name in () if args.pretrained else PRETRAINED_FILES:
-        shared.download(PRETRAINED_URL + name, folder / name)
+    if not args.pretrained:
+        for name in PRETRAINED_FILES:
+            shared.download(PRETRAINED_URL + name, folder / name)
     if shared.fingerprint(folder / "vocab.json") != data.vocab:
         prepare_it = shared.command("03_prepare_data.py", args, "--vocab", folder / "vocab.json")
         sys.exit(f"error: {dataset_path} was made with another vocabulary than {folder / 'vocab.json'}; "
@@ -360,8 +360,9 @@ def expression_reader(X, device):
 def whole_matrix_reader(X, device):
     """expression_reader for a GPU with room for the whole matrix: a batch is one indexing operation there."""
     whole = torch.empty(X.shape, device=device)
-    for cells in np.array_split(np.arange(len(whole)), math.ceil(len(whole) / 4096)):
-        whole[cells[0]:cells[-1] + 1] = torch.from_numpy(X[cells].toarray())
+    for start in range(0, len(whole), 4096):
+        cells = np.arange(start, min(start + 4096, len(whole)))
+        whole[start:start + 4096] = torch.from_numpy(X[cells].toarray())
     return lambda cells, genes: whole[on_device(cells, device)[:, None], on_device(genes, device)]
 
 
@@ -442,10 +443,11 @@ def read_ahead(steps, job):
 
 def train(run, net, data, settings, seed, machine):
     """Train `net` in the folder `run`, from its state.pt if there is one; leaves model.pt, state.pt and
-    log.csv.
+    log.csv. Returns the state that it reached (see new_state).
 
     All random numbers come from (seed, epoch, batch): a run that was killed and goes on gives the same
-    numbers as one that was not. Returns the state that it reached (see new_state). """
+    numbers as one that was not.
+    """
     net.to(machine.device)
     job = make_job(data, settings, seed, machine)
     state = new_state(net, settings, machine)
@@ -462,9 +464,9 @@ def train(run, net, data, settings, seed, machine):
             sys.exit(f"error: {run}: the validation error is {val_mse} in epoch {epoch}; lower --lr")
 
         # One line of the log
+        lr = state.schedule.get_last_lr()[0]
         seconds = time.perf_counter() - started
         speed = (job.n_steps * settings["batch_size"] + len(job.val_cells)) / seconds
-        lr = state.schedule.get_last_lr()[0]
         line = dict(zip(LOG_COLUMNS, (epoch, train_mse, val_mse, lr, seconds, speed)))
         state.log.append(line)
         state.schedule.step()
@@ -523,7 +525,7 @@ def train_epoch(net, state, job, epoch):
         state.scaler.update()
         state.optimizer.zero_grad()
 
-        is_taken = norm.isfinite() | (not state.scaler.is_enabled())  # float16 skips steps that overflow
+        is_taken = norm.isfinite() | (not state.scaler.is_enabled())  # in float16, overflow skips a step
         total += torch.where(is_taken, loss, 0)
         n_taken += is_taken
         if machine.device.type == "cpu" or step % 50 == 0 or step == job.n_steps:  # item() makes a GPU wait
@@ -642,8 +644,7 @@ def resume(state, run, machine):
                 getattr(state, name).load_state_dict(saved[name])
         state.log = saved["log"]
     except Exception as error:  # torch raises many kinds for a damaged file
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        sys.exit(f"error: {run / 'state.pt'}: cannot be read ({cause}); --force trains anew")
+        sys.exit(f"error: {run / 'state.pt'}: cannot be read ({type(error).__name__}); --force trains anew")
     print(f"  goes on after epoch {len(state.log)}")
     if machine.rank == 0:
         save_derived(state, run)
@@ -670,7 +671,7 @@ def save_derived(state, run):
 # Runs
 
 def identity(config):
-    """The part of a run's config that decides how it is trained, as shared.difference compares it."""
+    """The part of a run's config that makes it another run, as shared.difference compares it."""
     return {"options": {name: config.get(name) for name in IDENTITY}, "inputs": config.get("inputs", {})}
 
 
@@ -722,8 +723,8 @@ def read_config(run):
 
 
 def clear_folder(folder, config, force):
-    """Empty a run's folder, unless the run can go on from what is there. Weights of another run there are an
-    error; with --force they are what an earlier --force left behind."""
+    """Empty a run's folder, unless it can go on from what is there. Weights of another run are an error; with
+    --force they are what an earlier --force left behind."""
     old = read_config(folder)
     words = shared.difference(identity(old), identity(config))
     if old and words and not force and any(folder.glob("*.pt")):
@@ -853,11 +854,10 @@ def check_arguments(args):
     """Fill in the defaults of the dataset. Ends the run for options that do not go together."""
     is_demo = shared.space_of(args.dataset) == "demo"
     kind = "demo" if is_demo else "from scratch" if args.no_pretrained else "pretrained"
-    for name in SIZES if kind == "pretrained" else ():
-        if getattr(args, name) is not None:
-            option = name.replace("_", "-")
-            sys.exit(f"error: --{option}: the pretrained model sets it; to choose it, add --no-pretrained")
     args.kind = kind
+    if kind == "pretrained" and any(getattr(args, name) for name in SIZES):
+        sys.exit("error: the pretrained model sets --d-model, --n-layers, --n-heads and --d-hid; to choose "
+                 "them, add --no-pretrained")
     for name, value in DEFAULTS[kind].items():
         if getattr(args, name) is None and name != "residual":  # see plan_run
             setattr(args, name, value)
@@ -920,12 +920,12 @@ def make_config(plan, seed, inputs, machine):
     weights."""
     device, precision = describe_device(machine.device)
     about = shared.provenance("")
-    return {
+    about.pop("made_from")  # which the settings and inputs say here
+    return about | {
         "variant": plan.name, "seed": seed, "sources": plan.variant.sources, **plan.settings,
         "embeddings": {source: path.name for source, path in plan.vectors.items()},
         "inputs": inputs | {source: shared.fingerprint(path) for source, path in plan.vectors.items()},
         "device": device, "precision": precision, "n_processes": machine.n_processes,
-        "format_version": about["format_version"], "command": about["command"], "date": about["date"],
         "versions": json.loads(about["versions"])}
 
 
@@ -937,9 +937,8 @@ def main():
     machine = set_up_machine(args)
     pretrained, sizes = find_pretrained(args, data, dataset_path)
     plans = [plan_run(name, embeddings, pretrained, sizes, args, machine) for name in args.variant]
-    device, precision = describe_device(machine.device)
     processes = f", {machine.n_processes} processes" if machine.n_processes > 1 else ""
-    print(f"device: {device}, {precision}{processes}")
+    print("device: {}, {}{}".format(*describe_device(machine.device), processes))
 
     inputs = {"dataset.h5": shared.fingerprint(dataset_path)}
     if pretrained:
