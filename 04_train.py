@@ -102,24 +102,19 @@ def parse_variant(name, known_sources):
     """The parts of a variant's name, as a namespace: has_tokens, has_counts, sources, pretrained (whether its
     attention is), shuffled."""
     base = name.removesuffix("-shuffled")
-    variant = SimpleNamespace(name=name, has_tokens=True, has_counts=True, sources=[], pretrained=True,
-                              shuffled=base != name)
     family, _, rest = base.partition("_")
     joined_sources = rest.removesuffix("-scratch")
-    if base == "scgpt-counts":
-        variant.has_counts = False
-    elif base == "scgpt-tokens":
-        variant.has_tokens = False
-    elif family in ("scgenept", "genept") and joined_sources:
-        variant.has_tokens = variant.has_counts = family == "scgenept"
-        variant.pretrained = not rest.endswith("-scratch")
-        variant.sources = parse_sources(name, joined_sources, known_sources)
-    elif base != "scgpt":
+    has_language = family in ("scgenept", "genept") and joined_sources
+    if not has_language and base not in ("scgpt", "scgpt-counts", "scgpt-tokens"):
         sys.exit(f"error: unknown variant {name!r}: scgpt, scgpt-counts, scgpt-tokens, scgenept_<source> "
                  "or genept_<source> (+<source>, -scratch, -shuffled if wanted)")
-    if variant.shuffled and not variant.sources:
+    if base != name and not has_language:
         sys.exit(f"error: variant {name!r}: {base} has no texts to shuffle")
-    return variant
+    return SimpleNamespace(
+        name=name, sources=parse_sources(name, joined_sources, known_sources),
+        has_tokens=base != "scgpt-tokens" and family != "genept",
+        has_counts=base != "scgpt-counts" and family != "genept",
+        pretrained=not rest.endswith("-scratch"), shuffled=base != name)
 
 
 def parse_sources(name, joined, known_sources):
@@ -385,9 +380,10 @@ def split_cells(data):
         conditions = np.flatnonzero(data.split == "train")
         chosen = random_stream("validation", 0).permutation(conditions)[:max(1, len(conditions) // 10)]
         validates[chosen] = True
-        trains[chosen] = len(conditions) == 1
-        share = "the only condition, also trained on" if trains[chosen].any() else "not trained on"
-        print("  the split has no validation conditions; the best epoch is the best for "
+        is_only = len(conditions) == 1
+        trains[chosen] = is_only
+        share = "the only condition, also trained on" if is_only else "a tenth of the training conditions"
+        print("  the split has no validation conditions; the best epoch is that for "
               f"{shared.shown(data.conditions[chosen], 5)} ({share})")
     return np.flatnonzero(trains[data.cell_condition]), np.flatnonzero(validates[data.cell_condition])
 
