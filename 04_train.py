@@ -414,7 +414,7 @@ def perturbed_flags(data, cells, genes):
 
 def read_batch(cells, genes, job):
     """This process's share of a batch (B cells, L genes), as a namespace: token_ids and measured (L,), input,
-    target and flags (B, L) on the device; n_values, the number of measured values of the whole batch."""
+    target and flags (B, L) on the device; n_values, how many values of the whole batch are measured."""
     device = job.machine.device
     n_values = len(cells) * int(job.data.measured[genes].sum())
     cells = cells[job.machine.rank::job.machine.n_processes]
@@ -558,7 +558,8 @@ def add_parts(net, state, job, batch):
     parts = parts_of(batch, job)
     total = torch.zeros((), device=job.machine.device)
     for part in parts:
-        net.require_backward_grad_sync = part is parts[-1]  # DistributedDataParallel averages once a batch
+        if job.machine.n_processes > 1:  # DistributedDataParallel averages the gradients once a batch
+            net.require_backward_grad_sync = part is parts[-1]
         loss = squared_error(net, job, batch, part) * job.machine.n_processes / batch.n_values
         state.scaler.scale(loss).backward()
         total += loss.detach()
