@@ -126,7 +126,6 @@ def parse_sources(name, joined, known_sources):
         if source is None:
             sys.exit(f"error: variant {name!r}: unknown source {joined!r}; known are "
                      f"{', '.join(sorted(known_sources))} (your own texts: 01 --tsv, then 02 --source)")
-
         sources.append(source)
         joined = joined[len(source) + 1:]
     return sources
@@ -330,9 +329,6 @@ def sum_over_processes(value, machine):
         value = value.double()
         dist.all_reduce(value)
     return value.item()
-
-
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -808,7 +804,7 @@ def parse_arguments():
     add("--cells-at-once", type=positive, metavar="N",
         help="a batch goes through the model in parts of so many cells: less memory, the same training "
              "(default: as many as fit)")
-    add("--lr", type=float, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
+    add("--lr", type=fraction, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
     add("--genes-per-batch", type=positive, metavar="N", help="genes drawn for a batch")
     add("--targets-in-batch", action="store_true",
         help="the genes drawn for a batch contain its cells' targets (in the paper they need not)")
