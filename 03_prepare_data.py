@@ -85,6 +85,10 @@ MEANS_UNKNOWN = re.compile(
     r"|multi(ple)?([ ._-]?guides?)?|collision|ambiguous|low[ ._-]?quality|negative", re.IGNORECASE)
 
 
+class BadCells(Exception):
+    """What is wrong with a file of cells; open_cells ends the run with this line, after the file's name."""
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Conditions: what the labels of the cells stand for
 
@@ -191,11 +195,11 @@ def is_unknown(label, rules):
     return says_so or len(names) > MOST_TARGETS
 
 
-def read_labels(n_cells, rules, drop, source):
+def read_labels(n_cells, rules, drop):
     """What each label stands for, {label: targets}, without those that are left out.
 
-    n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option. Ends
-    the run, listing every label that cannot be read.
+    n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option.
+    Raises BadCells, listing every label that cannot be read.
     """
     targets_of, left_out, bad, controls = {}, [], [], {}
     for label, n in n_cells.items():
@@ -227,11 +231,11 @@ def read_labels(n_cells, rules, drop, source):
         examples = shown(list(n_cells), 3)
         problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as {examples}")
     if problems:
-        sys.exit(f"error: {source}: {'; '.join(problems)}")
+        raise BadCells("; ".join(problems))
     return targets_of
 
 
-def choose_conditions(labels, label_of_cell, genes, args, source):
+def choose_conditions(labels, label_of_cell, genes, args):
     """Conditions (P,), each cell's condition (cells,; -1: left out), and {condition: targets}.
 
     labels (L,): the labels of the source; label_of_cell (cells,): each cell's, -1 where it is missing.
@@ -245,7 +249,7 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
         if n:  # a category may have no cells
             n_cells[label] = n_cells.get(label, 0) + n
     rules = make_rules(args, genes)
-    targets_of_label = read_labels(n_cells, rules, args.drop, source)
+    targets_of_label = read_labels(n_cells, rules, args.drop)
     perturbed = [label for label, targets in targets_of_label.items() if targets]
     n_with_ctrl = sum(CONTROL in label.split(args.separator) for label in perturbed)
     if n_with_ctrl and CONTROL not in args.control:
@@ -266,15 +270,15 @@ def choose_conditions(labels, label_of_cell, genes, args, source):
     # Without controls, or with too few cells, there is nothing to compare with
     if CONTROL not in targets_of:
         most = sorted(n_cells, key=n_cells.get, reverse=True)
-        sys.exit(f"error: {source}: no control cells ({', '.join(args.control)}); name their label with "
-                 f"--control (most cells are {shown(most, 5)})")
+        raise BadCells(f"no control cells ({', '.join(args.control)}); name their label with --control (most "
+                       f"cells are {shown(most, 5)})")
     few = [condition for condition in targets_of if n_of[condition] < args.min_cells]
     if CONTROL in few:
-        sys.exit(f"error: {source}: {n_of[CONTROL]:,} control cells, fewer than --min-cells {args.min_cells}")
+        raise BadCells(f"{n_of[CONTROL]:,} control cells, fewer than --min-cells {args.min_cells}")
     if few and len(few) == len(targets_of) - 1:
         largest = max(few, key=n_of.get)
-        sys.exit(f"error: {source}: no perturbation has --min-cells {args.min_cells} cells; the largest is "
-                 f"{largest} with {n_of[largest]:,}")
+        raise BadCells(f"no perturbation has --min-cells {args.min_cells} cells; the largest is {largest} with "
+                       f"{n_of[largest]:,}")
     if few:
         sizes = [f"{condition} ({n_of[condition]:,})" for condition in few]
         print(f"--min-cells {args.min_cells}: {len(few):,} conditions left out (their cells): "
@@ -375,12 +379,12 @@ def split_from_json(path, targets_of, rules):
     return split, subgroup
 
 
-def make_split(targets_of, args, rules, source):
+def make_split(targets_of, args, rules):
     """{condition: train | val | test | ctrl} and {condition: subgroup}, as --split says."""
     perturbed = {condition: targets for condition, targets in targets_of.items() if targets}
     if not perturbed:
-        sys.exit(f"error: {source}: control cells only, nothing to train on; 05_eval.py --predict GENE "
-                 "--controls-from FILE.h5ad predicts from them")
+        raise BadCells("control cells only, nothing to train on; 05_eval.py --predict GENE --controls-from "
+                       "FILE.h5ad predicts from them")
     if args.split == "none":
         return dict.fromkeys(perturbed, "train") | {CONTROL: "ctrl"}, {}
     if args.split == "simulation":
@@ -389,8 +393,8 @@ def make_split(targets_of, args, rules, source):
         split, subgroup = split_from_json(args.split, perturbed, rules)
     empty = [part for part in ("train", "val", "test") if part not in split.values()]
     if empty:
-        sys.exit(f"error: {source}: {len(perturbed)} perturbations are too few for the split (none left for "
-                 f"{' and '.join(empty)}): it takes about a dozen; --split none trains on all")
+        raise BadCells(f"{len(perturbed)} perturbations are too few for the split (none left for "
+                       f"{' and '.join(empty)}): it takes about a dozen; --split none trains on all")
     return split | {CONTROL: "ctrl"}, subgroup
 
 
@@ -483,8 +487,8 @@ def most_variable(mean, variance, n):
 # ----------------------------------------------------------------------------------------------------------
 # The demo: a simulated screen
 
-def simulate_demo():
-    """Simulated cells (CSR, 3,564 x 128, log-normalized), genes, and each cell's condition label. SYNTHETIC.
+def simulate_demo(path):
+    """Write simulated cells (3,564 x 128, log-normalized) and their conditions as an AnnData file. SYNTHETIC.
 
     Every gene takes part in one or two of eight processes (stage 01 writes texts that say so). Perturbing a
     gene changes the activity of the other processes through a random signed matrix, and thereby the genes
@@ -518,20 +522,9 @@ def simulate_demo():
         labels += [label] * n_cells
     X = sparse.csr_matrix(np.concatenate(counts).astype(np.float32))
     totals = cell_totals(X)
-    return normalize(X, np.median(totals) / totals), genes, labels
-
-
-def read_demo(args):
-    """The demo's cells, in the form of open_h5ad."""
-    print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
-    X, genes, labels = simulate_demo()
-    genes = np.array(genes, dtype=object)
-    labels, label_of_cell = np.unique(labels, return_inverse=True)
-    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, "the demo")
-    kept = cell_condition >= 0
-    X = X[kept]
-    return SimpleNamespace(blocks=lambda: [X], n_values=X.nnz, genes=genes, conditions=conditions,
-                           targets_of=targets_of, cell_condition=cell_condition[kept], rankings=None)
+    made = shared.made_from({"simulated": "demo"}, {})
+    write_h5ad(path, made, normalize(X, np.median(totals) / totals), {"condition": labels}, genes,
+               "SYNTHETIC cells: a simulated screen")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -545,42 +538,45 @@ def open_cells(path, folder, sha256=None):
     """Yield the path of an h5ad file: `path` itself, or what a .gz or a zip holds, in `folder` for as long as
     the block lasts.
 
-    Ends the run where the unpacked file has another SHA-256 than this, or `path` is a file of another kind.
+    Ends the run for a file of another kind, where the unpacked file has another SHA-256 than this, and where
+    the block raises BadCells.
     """
     unpacked = folder / ".unpacked.h5ad"
     try:
         yield path if h5py.is_hdf5(path) else unpack(path, unpacked, sha256)
+    except BadCells as error:
+        sys.exit(f"error: {path}: {error}")
     finally:
         unpacked.unlink(missing_ok=True)
 
 
-def unpack(path, unpacked, sha256=None):
+def unpack(path, unpacked, sha256):
     """Unpack the h5ad in a .gz or a zip to the path `unpacked`, and return that."""
     try:
         with open_packed(path) as source, open(unpacked, "wb") as file:
             print(f"unpacking {path}")
             shutil.copyfileobj(source, file, 2**22)
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
-        sys.exit(f"error: {path}: damaged ({error}); get it again from its source")
+        raise BadCells(f"damaged ({error}); get it again from its source") from None
     if sha256 and shared.checksum(unpacked) != sha256:
-        sys.exit(f"error: {path}: the cells in it are not those expected (SHA-256); delete it and run again")
+        raise BadCells("the cells in it are not those expected (SHA-256); delete it and run again")
     if not h5py.is_hdf5(unpacked):
-        sys.exit(f"error: {path}: {kind_of(unpacked)} in it, {HOW_TO_CONVERT}")
+        raise BadCells(f"{kind_of(unpacked)} in it, {HOW_TO_CONVERT}")
     return unpacked
 
 
 def open_packed(path):
-    """The h5ad in a .gz or a zip, open for reading. Ends the run for other files."""
+    """The h5ad in a .gz or a zip, open for reading."""
     kind = kind_of(path)
     if kind == "a gzipped file":
         return gzip.open(path)
     if kind != "a zip archive":
-        sys.exit(f"error: {path}: {kind}, {HOW_TO_CONVERT}")
+        raise BadCells(f"{kind}, {HOW_TO_CONVERT}")
     archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if name.endswith(".h5ad") and "__MACOSX/" not in name]
     if len(names) != 1:
-        sys.exit(f"error: {path}: {len(names)} .h5ad files in it, expected one (it has "
-                 f"{shown(archive.namelist(), 5) or 'none'})")
+        raise BadCells(f"{len(names)} .h5ad files in it, expected one (it has "
+                       f"{shown(archive.namelist(), 5) or 'none'})")
     return archive.open(names[0])
 
 
@@ -603,8 +599,8 @@ def kind_of(path):
     return kind or ("a binary file" if b"\0" in head else "a text file (csv, tsv?)")
 
 
-def check_is_anndata(file, path):
-    """End the run for an HDF5 file that is not an AnnData file, saying what it is."""
+def check_is_anndata(file):
+    """Raise BadCells for an HDF5 file that is not an AnnData file, saying what it is."""
     tables = [file.get("obs"), file.get("var")]
     if "mod" not in file and all(isinstance(table, h5py.Group) for table in tables):
         return
@@ -612,7 +608,7 @@ def check_is_anndata(file, path):
              "assays": "an h5Seurat file", "obs": "a file of anndata before 0.7"}
     others = f"an HDF5 file with {shown(list(file)) or 'nothing'} in it"
     kind = next((words for key, words in kinds.items() if key in file), others)
-    sys.exit(f"error: {path}: {kind}, {HOW_TO_CONVERT}")
+    raise BadCells(f"{kind}, {HOW_TO_CONVERT}")
 
 
 def read_text(item):
@@ -625,7 +621,7 @@ def read_text(item):
     return distinct.astype(str).astype(object)[of_value]
 
 
-def read_column(table, name, path):
+def read_column(table, name):
     """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, and code
     -1 a missing value.
 
@@ -633,14 +629,14 @@ def read_column(table, name, path):
     categories and codes), and before 2022 (codes, and a reference to the categories).
     """
     if name not in table:
-        sys.exit(f"error: {path}: {table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
+        raise BadCells(f"{table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
     column = table[name]
     is_old = "categories" in column.attrs
     if is_old or isinstance(column, h5py.Group) and "codes" in column:
         categories = read_text(table.file[column.attrs["categories"]] if is_old else column["categories"])
         codes = (column if is_old else column["codes"])[:].astype(np.int64)
         if not ((-1 <= codes) & (codes < len(categories))).all():
-            sys.exit(f"error: {path}: {column.name}: codes other than of its {len(categories)} categories")
+            raise BadCells(f"{column.name}: codes other than of its {len(categories)} categories")
         return categories, codes
     if isinstance(column, h5py.Group):
         values, is_missing = read_text(column), column["mask"][:]
@@ -657,13 +653,13 @@ def columns_of(table):
     return shown(sorted(column for column in table if not column.startswith("_")), 50) or "none"
 
 
-def find_matrix(file, layer, path):
+def find_matrix(file, layer):
     """The expression matrix of an AnnData file that --layer names (None: X), and the table of its genes."""
     place = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     var = "raw/var" if layer == "raw" else "var"
     for name in (place, var):
         if name not in file:
-            sys.exit(f"error: {path}: no {name} in it{other_layers(file)}")
+            raise BadCells(f"no {name} in it{other_layers(file)}")
     return file[place], file[var]
 
 
@@ -673,35 +669,35 @@ def other_layers(file):
     return f"; choose another matrix with --layer ({shown(layers, 20)})" if layers else ""
 
 
-def read_genes(var, gene_key, path):
+def read_genes(var, gene_key):
     """Symbols (G,) and ids (G,) of the genes in an AnnData file's table of genes."""
     index = var.attrs.get("_index", "index")
     if gene_key is None:
         gene_key = "gene_name" if "gene_name" in var else index
     elif gene_key == "index" and "index" not in var:
         gene_key = index
-    (symbols, codes), (ids, id_codes) = read_column(var, gene_key, path), read_column(var, index, path)
+    (symbols, codes), (ids, id_codes) = read_column(var, gene_key), read_column(var, index)
     if (codes < 0).any():
-        sys.exit(f"error: {path}: genes without a name in var/{gene_key}; choose another --gene-key")
+        raise BadCells(f"genes without a name in var/{gene_key}; choose another --gene-key")
     return symbols[codes], ids[id_codes]
 
 
-def read_blocks(X, path, n_cells, n_genes):
+def read_blocks(X, n_cells, n_genes):
     """Yield the matrix X (cells, genes) of an AnnData file piece by piece: (cells, genes, float32 matrix),
     `cells` and `genes` being slices of X. Dense and CSR data comes by cells and as CSR, CSC data by genes and
     as CSC."""
     if isinstance(X, h5py.Dataset):
-        yield from read_dense_blocks(X, path, n_cells, n_genes)
+        yield from read_dense_blocks(X, n_cells, n_genes)
         return
     encoding = X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))
     matrix = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}.get(str(encoding).removesuffix("_matrix"))
     if matrix is None:
-        sys.exit(f"error: {path}: {X.name} is neither dense, CSR nor CSC ({encoding})")
+        raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
     by_cells = matrix is sparse.csr_matrix
     n_rows, n_columns = (n_cells, n_genes) if by_cells else (n_genes, n_cells)
     indptr = X["indptr"][:].astype(np.int64)
     if len(indptr) != n_rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        sys.exit(f"error: {path}: {X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
+        raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
 
     bounds = [0]  # first row of each block
     while bounds[-1] < n_rows:
@@ -718,17 +714,17 @@ def read_blocks(X, path, n_cells, n_genes):
             block = matrix((values, columns, indptr[start:stop + 1] - indptr[start]), shape=shape)
             block.check_format()
         except ValueError as error:
-            sys.exit(f"error: {path}: {X.name} is damaged, or of another shape ({error})")
+            raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
         block.sum_duplicates()
         block.eliminate_zeros()
         rows = slice(start, stop)
         yield (rows, slice(None), block) if by_cells else (slice(None), rows, block)
 
 
-def read_dense_blocks(X, path, n_cells, n_genes):
+def read_dense_blocks(X, n_cells, n_genes):
     """read_blocks of a dense matrix."""
     if X.shape != (n_cells, n_genes):
-        sys.exit(f"error: {path}: {X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
+        raise BadCells(f"{X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
     step = max(1, BLOCK // n_genes)
     if X.chunks:  # whole chunks, or each is unpacked again and again
         step = -(-step // X.chunks[0]) * X.chunks[0]
@@ -737,44 +733,51 @@ def read_dense_blocks(X, path, n_cells, n_genes):
         yield cells, slice(None), sparse.csr_matrix(X[cells].astype(np.float32, copy=False))
 
 
-def scan_expression(blocks, is_wanted, n_genes, args, source, layers):
-    """Check an expression matrix. Returns a function that yields its log_blocks; which cells are kept
-    (cells,): wanted ones with any expression; each gene's number of nonzero values in them (G,); whether it
-    holds counts, which --normalize turns into logarithms.
+def scan_expression(path, args, is_wanted, n_genes):
+    """Check the expression matrix of an AnnData file. Returns a function that yields its log_blocks; which
+    cells are kept (cells,): wanted ones with any expression; each gene's number of nonzero values in them
+    (G,); whether it holds counts, which --normalize turns into logarithms.
 
-    blocks() yields the matrix as read_blocks does; is_wanted (cells,) bool; layers: what the file has
-    besides, for the message. Ends the run for values that are neither logarithms nor counts.
+    is_wanted (cells,) bool. Raises BadCells for values that are neither logarithms nor, with --normalize,
+    counts.
     """
+    blocks = functools.partial(expression_blocks, path, args, len(is_wanted), n_genes)
     totals, n_values = np.zeros(len(is_wanted)), np.zeros(n_genes, dtype=np.int64)
-    is_counts, largest, smallest = True, 0, 0
+    is_finite, is_whole, largest, smallest = True, True, 0, 0
     for cells, genes, X in blocks():
-        if not np.isfinite(X.data).all():
-            sys.exit(f"error: {source}: NaN or infinite values in the expression matrix{layers}")
+        is_finite = np.isfinite(X.data).all()
+        if not is_finite:
+            break
         smallest = min(smallest, X.data.min(initial=0))
         largest = max(largest, X.data.max(initial=0))
-        is_counts = is_counts and (X.data == np.round(X.data)).all()
+        is_whole = is_whole and (X.data == np.round(X.data)).all()
         totals[cells] += cell_totals(X)
         n_values[genes] += X[is_wanted[cells]].getnnz(axis=0)
-    if largest == smallest == 0:
-        sys.exit(f"error: {source}: nothing but zeros in the expression matrix{layers}")
-    if args.normalize and not is_counts and largest > LARGEST_LOG and smallest >= 0:
-        print("the values are not whole numbers (corrected counts?): normalized like counts")
-        is_counts = True
 
-    if smallest < 0:
-        sys.exit(f"error: {source}: negative values, as in scaled data; expected log-normalized ones{layers}")
-    if is_counts and not args.normalize:
-        sys.exit(f"error: {source}: raw counts; add --normalize to scale and log-transform them{layers}")
-    if not is_counts and largest > LARGEST_LOG:
-        sys.exit(f"error: {source}: values up to {largest:,.0f} are neither logarithms nor counts; "
-                 f"--normalize scales and log-transforms them{layers}")
+    is_counts = is_whole or largest > LARGEST_LOG
+    problem = None
+    if not is_finite:
+        problem = "NaN or infinite values in the expression matrix"
+    elif largest == smallest == 0:
+        problem = "nothing but zeros in the expression matrix"
+    elif smallest < 0:
+        problem = "negative values, as in scaled data; expected log-normalized ones"
+    elif is_counts and not args.normalize:
+        problem = (f"counts, not logarithms (values up to {largest:,.0f}); add --normalize to scale and "
+                   "log-transform them")
+    if problem:
+        with shared.read_h5(path) as file:
+            raise BadCells(problem + other_layers(file))
+
     if args.normalize and not is_counts:
         print("the values are not counts but normalized already: --normalize left them alone")
+    if is_counts and not is_whole:
+        print("the values are not whole numbers (corrected counts?): normalized like counts")
     filled = totals[totals > 0]
     has_same_sums = len(filled) > 1 and np.ptp(filled) < 1e-3 * filled.mean()
     if not is_counts and (largest > USUAL_LOG or has_same_sums):
-        sign = "all cells have the same sum" if has_same_sums else f"values up to {largest:.1f}"
-        print(f"warning: {source}: {sign}; normalized, but not log-transformed?", file=sys.stderr)
+        sign = "all cells have the same sum" if has_same_sums else f"there are values up to {largest:.1f}"
+        print(f"warning: {sign}: normalized, but not log-transformed?", file=sys.stderr)
     kept = is_wanted & (totals > 0)
     scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
     return functools.partial(log_blocks, blocks, kept, scale), kept, n_values, is_counts
@@ -820,14 +823,14 @@ def csr_blocks(logs, chosen):
         yield whole.tocsr()
 
 
-def read_rankings(file, path, conditions, cell_condition, gene_ids):
+def read_rankings(file, conditions, cell_condition, gene_ids):
     """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of
     gene_ids (P, 20), -1 for control; None unless it ranks the genes of every condition.
     """
     rankings = file.get("uns/rank_genes_groups_cov_all")
     if rankings is None or "condition_name" not in file["obs"]:
         return None
-    names, codes = read_column(file["obs"], "condition_name", path)
+    names, codes = read_column(file["obs"], "condition_name")
     name_of = dict(zip(cell_condition, names[codes]))  # its row: the name of its ranking
     row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
     order = np.full((len(conditions), N_TOP), -1)
@@ -844,54 +847,48 @@ def read_rankings(file, path, conditions, cell_condition, gene_ids):
     return order
 
 
-def find_expression(file, args, source):
+def find_expression(file, args):
     """The table of genes that the options choose in an AnnData file, and their symbols and ids (G,)."""
-    check_is_anndata(file, source)
-    _, var = find_matrix(file, args.layer, source)
-    genes, gene_ids = read_genes(var, args.gene_key, source)
+    check_is_anndata(file)
+    _, var = find_matrix(file, args.layer)
+    genes, gene_ids = read_genes(var, args.gene_key)
     if args.upper_case:
         genes = np.array([gene.upper() for gene in genes], dtype=object)
     return var, genes, gene_ids
 
 
-def expression_blocks(path, args, source, n_cells, n_genes):
+def expression_blocks(path, args, n_cells, n_genes):
     """Yield the expression matrix of an AnnData file piece by piece, as read_blocks."""
     with shared.read_h5(path) as file:
-        matrix, _ = find_matrix(file, args.layer, source)
-        yield from read_blocks(matrix, source, n_cells, n_genes)
+        matrix, _ = find_matrix(file, args.layer)
+        yield from read_blocks(matrix, n_cells, n_genes)
 
 
-def open_h5ad(path, args, source, vocab_path=None):
+def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
     cells and genes kept, CSR matrices of some cells each (float32), and the number of values in them,
     n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and the
     file's rankings (P, 20) or None.
 
-    source: what messages call the file; vocab_path: where scGPT's vocabulary goes if it is not there
+    vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
     with shared.read_h5(path) as file:
-        var, genes, gene_ids = find_expression(file, args, source)
-        n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
-        if n_ids > len(genes) / 2 and vocab_path:
-            sys.exit(f"error: {source}: the genes are Ensembl ids ({genes[0]}), the vocabulary has symbols; "
-                     f"choose their column with --gene-key ({columns_of(var)})")
-        labels, label_of_cell = read_column(file["obs"], args.condition_key, source)
-        layers = other_layers(file)
-    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
-    if vocab_path:  # not before labels and genes have been found to be in order
-        shared.download(shared.VOCAB, vocab_path)
+        var, genes, gene_ids = find_expression(file, args)
+        if vocab:
+            check_known(genes, vocab, columns_of(var))
+        labels, label_of_cell = read_column(file["obs"], args.condition_key)
+    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args)
 
     # Cells
-    raw = functools.partial(expression_blocks, path, args, source, len(label_of_cell), len(genes))
     is_wanted = cell_condition >= 0
-    logs, kept, n_values, is_counts = scan_expression(raw, is_wanted, len(genes), args, source, layers)
+    logs, kept, n_values, is_counts = scan_expression(path, args, is_wanted, len(genes))
     n_empty = (is_wanted & ~kept).sum()
     if n_empty:
         print(f"{n_empty:,} cells without any expression: left out")
     n_cells = np.bincount(cell_condition[kept], minlength=len(conditions))
     if not n_cells.all():
-        sys.exit(f"error: {source}: no cell with any expression in {shown(conditions[n_cells == 0])}; "
-                 "leave those out with --drop")
+        raise BadCells(f"no cell with any expression in {shown(conditions[n_cells == 0])}; leave those out "
+                       "with --drop")
 
     # Genes
     chosen = np.ones(len(genes), dtype=bool)
@@ -901,23 +898,20 @@ def open_h5ad(path, args, source, vocab_path=None):
     rankings = None
     if not is_counts and kept.all() and args.layer is None:
         with shared.read_h5(path) as file:
-            rankings = read_rankings(file, source, conditions, cell_condition, gene_ids[chosen])
+            rankings = read_rankings(file, conditions, cell_condition, gene_ids[chosen])
     return SimpleNamespace(
         blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
         genes=genes[chosen], conditions=conditions, targets_of=targets_of,
         cell_condition=cell_condition[kept], rankings=rankings)
 
 
-def read_cells(path, args, source):
+def read_cells(path, args):
     """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
-        _, genes, _ = find_expression(file, args, source)
+        _, genes, _ = find_expression(file, args)
         n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
-        layers = other_layers(file)
-    raw = functools.partial(expression_blocks, path, args, source, n_cells, len(genes))
-    everyone = np.ones(n_cells, dtype=bool)
-    logs, *_ = scan_expression(raw, everyone, len(genes), args, source, layers)
+    logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
     blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
     return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
 
@@ -1007,7 +1001,7 @@ def write_table(file, name, index, columns):
 # ----------------------------------------------------------------------------------------------------------
 # dataset.h5
 
-def number_genes(cells, vocab, source):
+def number_genes(cells, vocab):
     """Give the genes of the dataset their numbers, as a namespace: names (G,), token_ids (G,), measured (G,)
     bool, targets (P, K) as positions among them (-1: none), n_tokens and pad_id of the vocabulary.
 
@@ -1022,7 +1016,6 @@ def number_genes(cells, vocab, source):
     else:
         n_tokens, pad_id = len(vocab), vocab["<pad>"]
         token_ids = np.array([vocab.get(gene, pad_id) for gene in symbols])
-        check_known(cells.genes, vocab, source)
     names = unique_names(symbols)
     if (names != symbols).any():
         print(f"symbols of two genes: the second is {shown(names[names != symbols])}; perturbations flag the "
@@ -1050,17 +1043,19 @@ def unique_names(symbols):
     return names
 
 
-def check_known(genes, vocab, source):
-    """End the run if no measured gene is in the vocabulary; warn if it is less than half of them."""
+def check_known(genes, vocab, columns):
+    """Warn if less than half of the genes are in the vocabulary; raise BadCells if none is.
+
+    columns: where else in the file symbols may be
+    """
     n_known = sum(gene in vocab for gene in genes)
-    n_in_capitals = sum(gene.upper() in vocab for gene in genes)
     if n_known >= len(genes) / 2:
         return
-    is_mouse = n_in_capitals > 2 * n_known
-    cause = "mouse symbols? --upper-case" if is_mouse else "old symbols, or ids? --gene-key"
+    is_mouse = sum(gene.upper() in vocab for gene in genes) > 2 * n_known
+    cause = "mouse symbols? --upper-case" if is_mouse else f"old symbols, or ids? --gene-key ({columns})"
     found = f"{n_known:,} of {len(genes):,} genes ({shown(genes, 2)}) are in the vocabulary: {cause}"
     if not n_known:
-        sys.exit(f"error: {source}: {found}")
+        raise BadCells(found)
     print(f"warning: only {found}", file=sys.stderr)
 
 
@@ -1295,28 +1290,31 @@ def main():
     path = folder / "dataset.h5"
     folder.mkdir(parents=True, exist_ok=True)
     source, sha256 = args.h5ad, None
-    if not source and args.dataset in DATASETS:
+    if args.dataset == "demo":
+        print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
+        source = folder / "cells.h5ad"
+        if not source.exists():
+            simulate_demo(source)
+    elif not source:
         url, n_bytes, sha256 = DATASETS[args.dataset]
         source = shared.download(url, folder / f"{args.dataset}.zip", size=n_bytes)
-    vocab_path = None
+    vocab_path, vocab, vocab_name = None, None, "own genes"
     if args.vocab != "none":
-        vocab_path = Path(args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json")
-    has_inputs = vocab_path is None or vocab_path.exists()
-    if has_inputs and shared.is_current(path, dataset_made_from(args, source, vocab_path), args.force):
+        vocab_path = args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json"
+        vocab = read_vocab(shared.download(shared.VOCAB, vocab_path))
+        vocab_name = shared.fingerprint(vocab_path)
+    made = dataset_made_from(args, source, vocab_path)
+    if shared.is_current(path, made, args.force):
         print(f"next: {next_command(args)}")
         return
 
-    with open_cells(source, folder, sha256) if source else contextlib.nullcontext() as h5ad:
-        cells = open_h5ad(h5ad, args, source, vocab_path) if source else read_demo(args)
-        vocab = read_vocab(vocab_path) if vocab_path else None
-        genes = number_genes(cells, vocab, source)
+    with open_cells(source, folder, sha256) as h5ad:
+        cells = open_h5ad(h5ad, args, vocab)
+        genes = number_genes(cells, vocab)
         rules = make_rules(args, cells.genes)
-        split, subgroup = make_split(cells.targets_of, args, rules, source or "the demo")
-
-        vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
-        attributes = {"dataset": args.dataset, "synthetic": source is None, "vocab": vocab_name,
+        split, subgroup = make_split(cells.targets_of, args, rules)
+        attributes = {"dataset": args.dataset, "synthetic": args.dataset == "demo", "vocab": vocab_name,
                       "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
-        made = dataset_made_from(args, source, vocab_path)
         write_dataset(path, made, attributes, cells, genes, split, subgroup)
     print_summary(args, cells, genes, split, subgroup, vocab)
     print(f"wrote {path}\nnext: {next_command(args)}")

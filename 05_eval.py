@@ -480,9 +480,9 @@ def read_external(item, data, test, args):
     shared.check_name(name, "--external")
     with prepare.open_cells(Path(path), args.root / "data" / args.dataset) as h5ad:
         with shared.read_h5(h5ad) as file:
-            _, genes, _ = prepare.find_expression(file, args, path)
-            labels, label_of_cell = prepare.read_column(file["obs"], "condition", path)
-        blocks = prepare.expression_blocks(h5ad, args, path, len(label_of_cell), len(genes))
+            _, genes, _ = prepare.find_expression(file, args)
+            labels, label_of_cell = prepare.read_column(file["obs"], "condition")
+        blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
         means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
 
     column = {gene: i for i, gene in enumerate(prepare.unique_names(genes))}
@@ -1091,7 +1091,7 @@ def read_own_cells(path, args, data):
     if not path.is_file():
         sys.exit(f"error: {path}: no such file")
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
-        X, genes = prepare.read_cells(h5ad, args, path)
+        X, genes = prepare.read_cells(h5ad, args)
     column_of = {gene: column for column, gene in enumerate(genes)}
     columns = np.array([column_of.get(gene, -1) for gene in data.genes])
     in_common = data.measured & (columns >= 0)

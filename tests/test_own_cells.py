@@ -175,7 +175,7 @@ def test_memory_holds_what_is_kept_not_the_file(prepare, tmp_path, monkeypatch, 
     monkeypatch.setattr(prepare, "BLOCK", 2**15)
     args = arguments(prepare, "--dataset", "mine", "--h5ad", path, "--normalize", "--n-genes", 30)
     tracemalloc.start()
-    cells = prepare.open_h5ad(path, args, path)
+    cells = prepare.open_h5ad(path, args)
     X = sparse.vstack(list(cells.blocks()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -281,7 +281,7 @@ def test_ensembl_ids_as_symbols_are_reported_with_the_columns_to_choose_from(tmp
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, ids, var_columns={"feature_name": GENES})
     (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "GENE1": 1}))
     message = error(tmp_path, path, "--vocab", tmp_path / "vocab.json")
-    assert "Ensembl ids (ENSG00000000000.2" in message and "--gene-key (feature_name)" in message
+    assert "0 of 30 genes (ENSG00000000000.2, " in message and "--gene-key (feature_name)" in message
     assert "no target (GENE0, GENE1, GENE2, ...) is a measured gene (ENSG" in run(tmp_path, path)[0].stderr
 
 
@@ -478,8 +478,8 @@ def test_logged_data_is_left_alone_and_normalize_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("change, options, message", [
-    (lambda X: X - X.mean(0), [], "negative values, as in scaled data"), (lambda X: X, [], "raw counts; add --normalize"),
-    (lambda X: X * 100.5, [], "--normalize scales and log-transforms them"), (lambda X: X * 0, ["--normalize"], "nothing but zeros"), (lambda X: X.astype(np.float64) * 1e300, [], "infinite"),
+    (lambda X: X - X.mean(0), [], "negative values, as in scaled data"), (lambda X: X, [], "counts, not logarithms (values up to 6); add --normalize"),
+    (lambda X: X * 100.5, [], "counts, not logarithms (values up to 603); add --normalize"), (lambda X: X * 0, ["--normalize"], "nothing but zeros"), (lambda X: X.astype(np.float64) * 1e300, [], "infinite"),
     (lambda X: X * (np.arange(len(X)) >= 20)[:, None], ["--normalize"], "no cell with any expression in ctrl; leave those out with --drop")])
 def test_values_that_are_neither_counts_nor_logarithms_are_refused_with_advice(tmp_path, change, options, message):
     path = write_cells(tmp_path / "cells.h5ad", change(counts()), LABELS, GENES)
@@ -493,10 +493,10 @@ def test_corrected_counts_that_are_no_whole_numbers_are_normalized_like_counts(t
     np.testing.assert_allclose(data.X, logged(counts() * 40.5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("change, sign", [(lambda X: logged(X) * 10, "values up to "), (lambda X: X / X.sum(1, keepdims=True) * 30, "all cells have the same sum")])
+@pytest.mark.parametrize("change, sign", [(lambda X: logged(X) * 10, "there are values up to "), (lambda X: X / X.sum(1, keepdims=True) * 30, "all cells have the same sum")])
 def test_values_that_are_normalized_but_perhaps_no_logarithms_are_warned_of(tmp_path, change, sign):
     done, _ = run(tmp_path, write_cells(tmp_path / "cells.h5ad", change(counts()), LABELS, GENES))
-    assert f"cells.h5ad: {sign}" in done.stderr and "not log-transformed?" in done.stderr
+    assert f"warning: {sign}" in done.stderr and "not log-transformed?" in done.stderr
 
 
 def test_cells_without_counts_are_left_out_with_a_line(tmp_path):
@@ -516,7 +516,7 @@ def test_a_layer_or_raw_is_read_instead_of_x_and_messages_list_them(tmp_path):
         write_column(file.create_group("raw/var"), "_index", GENES[::-1], "plain")
         file["raw/var"].attrs["_index"] = "_index"
     assert "negative values" in error(tmp_path, path) and "--layer (counts, raw)" in error(tmp_path, path)
-    assert "raw counts; add --normalize" in error(tmp_path, path, "--layer", "counts")
+    assert "counts, not logarithms" in error(tmp_path, path, "--layer", "counts")
     np.testing.assert_allclose(run(tmp_path, path, "--layer", "counts", "--normalize")[1].X, logged(counts()), rtol=1e-6)
     _, data = run(tmp_path, path, "--layer", "raw")
     assert data.genes.tolist() == GENES[::-1]
