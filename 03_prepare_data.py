@@ -164,7 +164,6 @@ def condition_name(label, targets):
 
     A label in GEARS' form (`ctrl`, `A+ctrl`, `ctrl+A`, `A+B`) stays as it is, as in the paper's tables.
     """
-    label = label.strip()
     padding = [CONTROL] if len(targets) < 2 else []
     if sorted(label.split("+")) == sorted(targets + padding):
         return label
@@ -201,7 +200,7 @@ def read_labels(n_cells, rules, drop):
     n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option.
     Raises BadCells, listing every label that cannot be read.
     """
-    targets_of, left_out, bad, controls = {}, [], [], {}
+    targets_of, left_out, bad, suspects = {}, [], [], []
     for label, n in n_cells.items():
         if is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
             left_out.append(f"{label[:60] or 'empty label'} ({n:,})")
@@ -212,12 +211,12 @@ def read_labels(n_cells, rules, drop):
             bad.append(f"{label[:60]!r} ({error})")
             continue
         if targets:
-            suspects = [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
-            controls |= {word: None for word in suspects if LOOKS_LIKE_CONTROL.fullmatch(word)}
+            suspects += [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
 
     if left_out:
         print(f"left out, with numbers of cells: {shown(left_out, 20)} (--drop without a value keeps them)")
-    controls = [word for word in controls if word not in rules.genes]
+    controls = [word for word in dict.fromkeys(suspects)
+                if LOOKS_LIKE_CONTROL.fullmatch(word) and word not in rules.genes]
     problems = []
     if bad:
         problems.append(f"{len(bad):,} of {len(n_cells):,} labels are not conditions: {shown(bad, 10)}; see "
@@ -228,17 +227,17 @@ def read_labels(n_cells, rules, drop):
                         f"{shlex.join(names)}; patterns such as 'NT*' work), or leave these out with --drop")
     parts = [part.strip() for label in n_cells for part in (label, *label.split(rules.separator))]
     if rules.target_regex and not any(find_groups(rules.target_regex, part) for part in parts):
-        examples = shown(list(n_cells), 3)
-        problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as {examples}")
+        problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as "
+                        f"{shown(list(n_cells), 3)}")
     if problems:
         raise BadCells("; ".join(problems))
     return targets_of
 
 
-def choose_conditions(labels, label_of_cell, genes, args):
-    """Conditions (P,), each cell's condition (cells,; -1: left out), and {condition: targets}.
+def choose_conditions(labels, label_of_cell, rules, args):
+    """{condition: targets}, and the condition of each cell (cells,): its place there, -1 if it is left out.
 
-    labels (L,): the labels of the source; label_of_cell (cells,): each cell's, -1 where it is missing.
+    labels (L,): as in the file; label_of_cell (cells,): the label of each cell, -1 where it is missing.
     """
     n_missing, *counts = np.bincount(label_of_cell + 1, minlength=len(labels) + 1)
     if n_missing:
@@ -248,47 +247,36 @@ def choose_conditions(labels, label_of_cell, genes, args):
     for label, n in zip(labels, counts):
         if n:  # a category may have no cells
             n_cells[label] = n_cells.get(label, 0) + n
-    rules = make_rules(args, genes)
     targets_of_label = read_labels(n_cells, rules, args.drop)
-    perturbed = [label for label, targets in targets_of_label.items() if targets]
-    n_with_ctrl = sum(CONTROL in label.split(args.separator) for label in perturbed)
+    n_with_ctrl = sum(len(targets) > 0 and CONTROL in label.split(args.separator)
+                      for label, targets in targets_of_label.items())
     if n_with_ctrl and CONTROL not in args.control:
         print(f"{n_with_ctrl:,} labels have {CONTROL!r} in them: it counts as control, too")
 
-    # Labels of the same condition become one
-    condition_of, targets_of, labels_of, n_of = {}, {}, {}, {}
+    labels_of = {}
     for label, targets in targets_of_label.items():
-        condition = condition_of[label] = condition_name(label, targets)
-        targets_of.setdefault(condition, targets)
-        labels_of.setdefault(condition, []).append(label)
-        n_of[condition] = n_of.get(condition, 0) + n_cells[label]
-    merged = [f"{shown(same, 3)} to {condition}" for condition, same in labels_of.items() if len(same) > 1]
+        labels_of.setdefault(condition_name(label, targets), []).append(label)
+    merged = [f"{condition} ({shown(same, 3)})" for condition, same in labels_of.items() if len(same) > 1]
     if merged:
-        examples = "; ".join(merged[:5]) + ("; ..." if len(merged) > 5 else "")
-        print(f"{len(condition_of):,} labels make {len(labels_of):,} conditions: {examples}")
+        print(f"{len(targets_of_label):,} labels make {len(labels_of):,} conditions: {shown(merged, 5)}")
 
-    # Without controls, or with too few cells, there is nothing to compare with
-    if CONTROL not in targets_of:
-        most = sorted(n_cells, key=n_cells.get, reverse=True)
-        raise BadCells(f"no control cells ({', '.join(args.control)}); name their label with --control (most "
-                       f"cells are {shown(most, 5)})")
-    few = [condition for condition in targets_of if n_of[condition] < args.min_cells]
-    if CONTROL in few:
-        raise BadCells(f"{n_of[CONTROL]:,} control cells, fewer than --min-cells {args.min_cells}")
-    if few and len(few) == len(targets_of) - 1:
-        largest = max(few, key=n_of.get)
-        raise BadCells(f"no perturbation has --min-cells {args.min_cells} cells; the largest is {largest} with "
-                       f"{n_of[largest]:,}")
+    n_of = {condition: sum(n_cells[label] for label in same) for condition, same in labels_of.items()}
+    few = [f"{condition} ({n:,})" for condition, n in n_of.items() if n < args.min_cells]
     if few:
-        sizes = [f"{condition} ({n_of[condition]:,})" for condition in few]
-        print(f"--min-cells {args.min_cells}: {len(few):,} conditions left out (their cells): "
-              f"{shown(sizes, 20)}")
+        print(f"left out, with fewer cells than --min-cells {args.min_cells}: {shown(few, 20)}")
+    kept = [condition for condition, n in n_of.items() if n >= args.min_cells]
+    if CONTROL not in kept:
+        most = sorted(n_cells, key=n_cells.get, reverse=True)
+        raise BadCells(f"too few control cells ({', '.join(args.control)}: {n_of.get(CONTROL, 0):,}); name "
+                       f"their label with --control (most cells are {shown(most, 5)})")
+    if kept == [CONTROL]:
+        raise BadCells("control cells only, nothing to train on; 05_eval.py --predict GENE --controls-from "
+                       "FILE.h5ad predicts from them")
 
-    targets_of = {condition: targets for condition, targets in targets_of.items() if condition not in few}
-    row_of = {condition: i for i, condition in enumerate(targets_of)}
-    row_of_label = [row_of.get(condition_of.get(label), -1) for label in labels]
-    row_of_label.append(-1)  # for cells without a label
-    return np.array(list(targets_of), dtype=object), np.array(row_of_label)[label_of_cell], targets_of
+    row_of = {label: row for row, condition in enumerate(kept) for label in labels_of[condition]}
+    row_of_label = [row_of.get(label, -1) for label in labels] + [-1]  # the last: cells without a label
+    targets_of = {condition: targets_of_label[labels_of[condition][0]] for condition in kept}
+    return targets_of, np.array(row_of_label, dtype=np.int32)[label_of_cell]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -352,7 +340,7 @@ def split_from_json(path, targets_of, rules):
     if set(lists) != {"train", "val", "test"}:
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
     split, problems = {}, []
-    for part, label in [(part, label) for part, labels in lists.items() for label in labels]:
+    for label, part in [(label, part) for part, labels in lists.items() for label in labels]:
         if label == CONTROL:  # GEARS lists it among the training labels
             continue
         condition = find_condition(label, targets_of, rules)
@@ -379,23 +367,25 @@ def split_from_json(path, targets_of, rules):
     return split, subgroup
 
 
-def make_split(targets_of, args, rules):
-    """{condition: train | val | test | ctrl} and {condition: subgroup}, as --split says."""
+def make_split(targets_of, rules, args):
+    """Part (P,; train, val, test or ctrl) and subgroup (P,; or "") of each condition, as --split says.
+
+    targets_of: {condition: [target, ...]} of the P conditions.
+    """
     perturbed = {condition: targets for condition, targets in targets_of.items() if targets}
-    if not perturbed:
-        raise BadCells("control cells only, nothing to train on; 05_eval.py --predict GENE --controls-from "
-                       "FILE.h5ad predicts from them")
     if args.split == "none":
-        return dict.fromkeys(perturbed, "train") | {CONTROL: "ctrl"}, {}
-    if args.split == "simulation":
+        split, subgroup = dict.fromkeys(perturbed, "train"), {}
+    elif args.split == "simulation":
         split, subgroup = split_conditions(perturbed, args.split_seed)
     else:
         split, subgroup = split_from_json(args.split, perturbed, rules)
     empty = [part for part in ("train", "val", "test") if part not in split.values()]
-    if empty:
+    if empty and args.split != "none":
         raise BadCells(f"{len(perturbed)} perturbations are too few for the split (none left for "
                        f"{' and '.join(empty)}): it takes about a dozen; --split none trains on all")
-    return split | {CONTROL: "ctrl"}, subgroup
+    parts = [split.get(condition, "ctrl") for condition in targets_of]
+    subgroups = [subgroup.get(condition, "") for condition in targets_of]
+    return np.array(parts, dtype=object), np.array(subgroups, dtype=object)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -452,8 +442,7 @@ def cell_totals(X):
 def normalize(X, scale):
     """log1p of counts times the factor of their cell, scale (cells,): CSR or CSC -> float32."""
     X = X.astype(np.float32)
-    factors = np.repeat(scale, np.diff(X.indptr)) if X.format == "csr" else scale[X.indices]
-    X.data = np.log1p(X.data * factors).astype(np.float32)
+    X.data = np.log1p(X.data * scale[X.tocoo(copy=False).row]).astype(np.float32)
     return X
 
 
@@ -480,8 +469,8 @@ def most_variable(mean, variance, n):
         elif len(genes) and values.std() > 0:
             score[genes] = (values - values.mean()) / values.std(ddof=1)
     score = np.round(score, 9)  # ties stay ties in whatever order the cells were summed
-    ranked = np.sort(score[np.isfinite(score)])[::-1]
-    return score >= ranked[:n][-1] if len(ranked) else np.zeros(len(mean), dtype=bool)
+    best = -np.sort(-score)[:n]  # NaN, of genes that never vary, comes last
+    return score >= np.fmin.reduce(best)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -617,8 +606,7 @@ def read_text(item):
         item = item["values"]
     if h5py.check_string_dtype(item.dtype):
         return item.asstr()[:]
-    distinct, of_value = np.unique(item[:], return_inverse=True)  # few are different
-    return distinct.astype(str).astype(object)[of_value]
+    return item[:].astype(str).astype(object)
 
 
 def read_column(table, name):
@@ -631,20 +619,20 @@ def read_column(table, name):
     if name not in table:
         raise BadCells(f"{table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
     column = table[name]
-    is_old = "categories" in column.attrs
-    if is_old or isinstance(column, h5py.Group) and "codes" in column:
-        categories = read_text(table.file[column.attrs["categories"]] if is_old else column["categories"])
-        codes = (column if is_old else column["codes"])[:].astype(np.int64)
-        if not ((-1 <= codes) & (codes < len(categories))).all():
-            raise BadCells(f"{column.name}: codes other than of its {len(categories)} categories")
-        return categories, codes
-    if isinstance(column, h5py.Group):
-        values, is_missing = read_text(column), column["mask"][:]
+    if "categories" in column.attrs:
+        values, codes = table.file[column.attrs["categories"]], column
+    elif isinstance(column, h5py.Group) and "codes" in column:
+        values, codes = column["categories"], column["codes"]
     else:
-        values = read_text(column)
-        is_missing = (values == "nan") & (column.dtype.kind == "f")
-    codes = np.full(len(values), -1)
-    values, codes[~is_missing] = np.unique(values[~is_missing], return_inverse=True)
+        values, codes = np.unique(read_text(column), return_inverse=True)
+        if isinstance(column, h5py.Group):
+            codes[column["mask"][:]] = -1
+        elif column.dtype.kind == "f":
+            codes[np.isnan(column[:])] = -1
+        return values, codes
+    values, codes = read_text(values), codes[:].astype(np.int64)
+    if not ((-1 <= codes) & (codes < len(values))).all():
+        raise BadCells(f"{column.name}: codes other than of its {len(values)} categories")
     return values, codes
 
 
@@ -689,12 +677,10 @@ def read_blocks(X, n_cells, n_genes):
     if isinstance(X, h5py.Dataset):
         yield from read_dense_blocks(X, n_cells, n_genes)
         return
-    encoding = X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))
-    matrix = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}.get(str(encoding).removesuffix("_matrix"))
-    if matrix is None:
+    encoding = str(X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))).removesuffix("_matrix")
+    if encoding not in ("csr", "csc"):
         raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
-    by_cells = matrix is sparse.csr_matrix
-    n_rows, n_columns = (n_cells, n_genes) if by_cells else (n_genes, n_cells)
+    n_rows, n_columns = (n_cells, n_genes) if encoding == "csr" else (n_genes, n_cells)
     indptr = X["indptr"][:].astype(np.int64)
     if len(indptr) != n_rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
         raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
@@ -703,22 +689,20 @@ def read_blocks(X, n_cells, n_genes):
     while bounds[-1] < n_rows:
         last = np.searchsorted(indptr, indptr[bounds[-1]] + BLOCK, "right") - 1
         bounds.append(max(bounds[-1] + 1, int(last)))
+    data, indices = X["data"].astype(np.float32), X["indices"].astype(np.int32)
     starts = tqdm(bounds[:-1], "reading cells", unit=" blocks", leave=False, disable=None)
     for start, stop in zip(starts, bounds[1:]):
         part = slice(indptr[start], indptr[stop])
-        with np.errstate(over="ignore"):  # what is too large for float32 is not finite
-            values = X["data"][part].astype(np.float32, copy=False)
-        columns = X["indices"][part].astype(np.int32, copy=False)
-        shape = (stop - start, n_columns) if by_cells else (n_columns, stop - start)
         try:
-            block = matrix((values, columns, indptr[start:stop + 1] - indptr[start]), shape=shape)
+            block = sparse.csr_matrix((data[part], indices[part], indptr[start:stop + 1] - indptr[start]),
+                                      shape=(stop - start, n_columns))
             block.check_format()
         except ValueError as error:
             raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
         block.sum_duplicates()
         block.eliminate_zeros()
         rows = slice(start, stop)
-        yield (rows, slice(None), block) if by_cells else (slice(None), rows, block)
+        yield (rows, slice(None), block) if encoding == "csr" else (slice(None), rows, block.T)
 
 
 def read_dense_blocks(X, n_cells, n_genes):
@@ -729,8 +713,8 @@ def read_dense_blocks(X, n_cells, n_genes):
     if X.chunks:  # whole chunks, or each is unpacked again and again
         step = -(-step // X.chunks[0]) * X.chunks[0]
     for start in tqdm(range(0, n_cells, step), "reading cells", unit=" blocks", leave=False, disable=None):
-        cells = slice(start, min(start + step, n_cells))
-        yield cells, slice(None), sparse.csr_matrix(X[cells].astype(np.float32, copy=False))
+        cells = slice(start, start + step)
+        yield cells, slice(None), sparse.csr_matrix(X.astype(np.float32)[cells])
 
 
 def scan_expression(path, args, is_wanted, n_genes):
@@ -833,7 +817,7 @@ def read_rankings(file, conditions, cell_condition, gene_ids):
     names, codes = read_column(file["obs"], "condition_name")
     name_of = dict(zip(cell_condition, names[codes]))  # its row: the name of its ranking
     row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
-    order = np.full((len(conditions), N_TOP), -1)
+    order = np.full((len(conditions), N_TOP), -1, dtype=np.int32)
     for i, condition in enumerate(conditions):
         if condition == CONTROL:
             continue
@@ -867,8 +851,8 @@ def expression_blocks(path, args, n_cells, n_genes):
 def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
     cells and genes kept, CSR matrices of some cells each (float32), and the number of values in them,
-    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and the
-    file's rankings (P, 20) or None.
+    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the rules
+    that labels are read by, and the file's rankings (P, 20) or None.
 
     vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
@@ -877,7 +861,9 @@ def open_h5ad(path, args, vocab=None):
         if vocab:
             check_known(genes, vocab, columns_of(var))
         labels, label_of_cell = read_column(file["obs"], args.condition_key)
-    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args)
+    rules = make_rules(args, genes)
+    targets_of, cell_condition = choose_conditions(labels, label_of_cell, rules, args)
+    conditions = np.array(list(targets_of), dtype=object)
 
     # Cells
     is_wanted = cell_condition >= 0
@@ -901,8 +887,8 @@ def open_h5ad(path, args, vocab=None):
             rankings = read_rankings(file, conditions, cell_condition, gene_ids[chosen])
     return SimpleNamespace(
         blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
-        genes=genes[chosen], conditions=conditions, targets_of=targets_of,
-        cell_condition=cell_condition[kept], rankings=rankings)
+        genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
+        targets_of=targets_of, rules=rules, rankings=rankings)
 
 
 def read_cells(path, args):
@@ -910,7 +896,7 @@ def read_cells(path, args):
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
         _, genes, _ = find_expression(file, args)
-        n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
+        n_cells = len(read_text(file["obs"][file["obs"].attrs.get("_index", "index")]))
     logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
     blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
     return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
@@ -941,7 +927,7 @@ def write_h5ad(path, made, X, obs, genes, description, control=None):
         write_table(file, "obs", index, obs)
         write_table(file, "var", genes, {"gene_name": genes})
         for name in ("description", "control", "command", "date", "versions", "made_from"):
-            file["uns"].create_dataset(name, data=about[name], dtype=h5py.string_dtype())
+            file["uns"][name] = about[name]
             mark(file["uns"][name], "string")
 
 
@@ -1001,35 +987,32 @@ def write_table(file, name, index, columns):
 # ----------------------------------------------------------------------------------------------------------
 # dataset.h5
 
-def number_genes(cells, vocab):
-    """Give the genes of the dataset their numbers, as a namespace: names (G,), token_ids (G,), measured (G,)
-    bool, targets (P, K) as positions among them (-1: none), n_tokens and pad_id of the vocabulary.
+def number_genes(data, vocab):
+    """Give the genes their numbers: set genes (G,), measured (G,) bool, token_ids (G,), n_tokens and pad_id of
+    the vocabulary, and targets (P, K), rows of genes (-1: none) of a namespace of open_h5ad's.
 
     Targets that the data does not measure join at the end. vocab: {symbol: row} of scGPT's vocabulary, or
     None: every gene is a token of its own.
     """
-    n_measured = len(cells.genes)
-    unmeasured = sorted(set().union(*cells.targets_of.values()) - set(cells.genes))
-    symbols = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
+    unmeasured = sorted(set().union(*data.targets_of.values()) - set(data.genes))
+    symbols = np.concatenate([data.genes, np.array(unmeasured, dtype=object)])
+    n_genes = len(symbols)
+    data.measured = np.arange(n_genes) < len(data.genes)
     if vocab is None:
-        token_ids, n_tokens, pad_id = np.arange(len(symbols)), len(symbols) + 1, len(symbols)
+        token_ids, data.n_tokens, data.pad_id = range(n_genes), n_genes + 1, n_genes
     else:
-        n_tokens, pad_id = len(vocab), vocab["<pad>"]
-        token_ids = np.array([vocab.get(gene, pad_id) for gene in symbols])
-    names = unique_names(symbols)
-    if (names != symbols).any():
-        print(f"symbols of two genes: the second is {shown(names[names != symbols])}; perturbations flag the "
-              "first")
+        data.n_tokens, data.pad_id = len(vocab), vocab["<pad>"]
+        token_ids = [vocab.get(gene, data.pad_id) for gene in symbols]
+    data.token_ids = np.array(token_ids, dtype=np.int32)
+    data.genes = unique_names(symbols)
+    if (data.genes != symbols).any():
+        print(f"symbols of two genes: the second is {shown(data.genes[data.genes != symbols])}; perturbations "
+              "flag the first")
 
-    position = {gene: i for i, gene in enumerate(names)}
-    n_targets = max(map(len, cells.targets_of.values()))
-    targets = np.full((len(cells.conditions), max(1, n_targets)), -1, dtype=np.int32)
-    for row, condition in enumerate(cells.conditions):
-        for column, gene in enumerate(cells.targets_of[condition]):
-            targets[row, column] = position[gene]
-    is_measured = np.arange(len(names)) < n_measured
-    return SimpleNamespace(names=names, token_ids=token_ids, measured=is_measured, targets=targets,
-                           n_tokens=n_tokens, pad_id=pad_id, unmeasured=unmeasured)
+    row_of = {gene: row for row, gene in enumerate(data.genes)}
+    rows = [[row_of[target] for target in targets] for targets in data.targets_of.values()]
+    columns = itertools.zip_longest(*rows, fillvalue=-1)
+    data.targets = np.array(list(columns), dtype=np.int32).T
 
 
 def unique_names(symbols):
@@ -1059,30 +1042,28 @@ def check_known(genes, vocab, columns):
     print(f"warning: only {found}", file=sys.stderr)
 
 
-def write_dataset(path, made, attributes, cells, genes, split, subgroup):
+# What a dataset has besides X and attributes
+ARRAYS = ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx")
+TEXTS = ("genes", "conditions", "split", "subgroup")
+
+
+def write_dataset(path, made, attributes, data):
     """Write dataset.h5, with each condition's mean and ranking of genes; load_dataset reads it."""
     with shared.write_h5(path, made) as file:
         file.attrs.update(attributes)
-        shared.write_strings(file, "genes", genes.names)
-        shared.write_strings(file, "conditions", cells.conditions)
-        shared.write_strings(file, "split", [split[condition] for condition in cells.conditions])
-        shared.write_strings(file, "subgroup", [subgroup.get(name, "") for name in cells.conditions])
-        file["token_ids"] = genes.token_ids.astype(np.int32)
-        file["measured"] = genes.measured
-        file["cell_condition"] = cells.cell_condition.astype(np.int32)
-        file["targets"] = genes.targets
-
         # X goes from file to file in pieces, and the means are added up on the way
-        n_conditions, n_genes = len(cells.conditions), len(genes.names)
-        blocks = write_blocks(file, "X", cells.blocks(), cells.n_values, (len(cells.cell_condition), n_genes))
-        mean, variance = moments(blocks, cells.cell_condition, n_conditions, n_genes)
-        file["mean"] = mean.astype(np.float32)
-        if cells.rankings is None:
-            n_cells = np.bincount(cells.cell_condition)
-            ctrl = list(cells.conditions).index(CONTROL)
-            file["de_idx"] = rank_de(mean, variance, n_cells, ctrl, genes.measured.sum())
-        else:
-            file["de_idx"] = cells.rankings.astype(np.int32)
+        shape = len(data.cell_condition), len(data.genes)
+        blocks = write_blocks(file, "X", data.blocks(), data.n_values, shape)
+        mean, variance = moments(blocks, data.cell_condition, len(data.conditions), len(data.genes))
+        data.mean, data.de_idx = mean.astype(np.float32), data.rankings
+        if data.rankings is None:
+            n_cells = np.bincount(data.cell_condition)
+            ctrl = list(data.conditions).index(CONTROL)
+            data.de_idx = rank_de(mean, variance, n_cells, ctrl, data.measured.sum())
+        for name in ARRAYS:
+            file[name] = getattr(data, name)
+        for name in TEXTS:
+            shared.write_strings(file, name, getattr(data, name))
 
 
 class ExpressionMatrix:
@@ -1116,9 +1097,9 @@ def load_dataset(path, made_by):
     indices of the control cells."""
     data = SimpleNamespace()
     with shared.read_h5(path, made_by) as file:
-        for name in ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx"):
+        for name in ARRAYS:
             setattr(data, name, file[name][:])
-        for name in ("genes", "conditions", "split", "subgroup"):
+        for name in TEXTS:
             setattr(data, name, file[name].asstr()[:])
         data.synthetic, data.vocab = bool(file.attrs["synthetic"]), str(file.attrs["vocab"])
         data.n_tokens, data.pad_id = int(file.attrs["n_tokens"]), int(file.attrs["pad_id"])
@@ -1127,49 +1108,48 @@ def load_dataset(path, made_by):
     return data
 
 
-def print_summary(args, cells, genes, split, subgroup, vocab):
+def print_summary(data, vocab, args):
     """Print what is in the dataset, and what the user should know of it."""
-    n_cells, n_measured = len(cells.cell_condition), genes.measured.sum()
-    n_control = (cells.conditions[cells.cell_condition] == CONTROL).sum()
-    targets = sorted(set().union(*cells.targets_of.values()))
-    print(f"{n_cells:,} cells ({n_control:,} control), {n_measured:,} genes, {len(cells.conditions) - 1:,} "
-          f"perturbations of {len(targets):,} targets")
-    print(f"{len(targets) - len(genes.unmeasured):,} of {len(targets):,} targets are measured")
-    if genes.unmeasured:
-        print(f"{len(genes.unmeasured):,} targets join as unmeasured genes: {shown(genes.unmeasured)}")
-    if vocab is not None:
-        n_known = (genes.token_ids[genes.measured] != genes.pad_id).sum()
+    n_control = (data.split[data.cell_condition] == "ctrl").sum()
+    n_measured, unmeasured = data.measured.sum(), data.genes[~data.measured]
+    targets = sorted(set().union(*data.targets_of.values()))
+    print(f"{len(data.cell_condition):,} cells ({n_control:,} control), {n_measured:,} genes, "
+          f"{len(data.conditions) - 1:,} perturbations of {len(targets):,} targets")
+    print(f"{len(targets) - len(unmeasured):,} of {len(targets):,} targets are measured"
+          + (f"; added as unmeasured genes: {shown(unmeasured)}" if len(unmeasured) else ""))
+    if vocab:
+        n_known = (data.token_ids[data.measured] != data.pad_id).sum()
         print(f"{n_known:,} of {n_measured:,} genes are in the vocabulary")
         unknown = [target for target in targets if target not in vocab]
         if unknown:
-            print(f"{len(unknown):,} targets are not in it; without a text, the model cannot tell them "
-                  f"apart: {shown(unknown)}")
-    print_text_coverage(args, genes.names, targets)
+            print(f"targets that are not in it ({len(unknown):,}), which the model cannot tell apart without "
+                  f"texts: {shown(unknown)}")
+    print_text_coverage(data.genes, targets, args)
     for part in ("train", "val", "test"):
-        groups = [subgroup.get(condition, "") for condition in split if split[condition] == part]
+        groups = list(data.subgroup[data.split == part])
         if groups:
             kinds = [f", {groups.count(group)} {group}" for group in sorted(set(groups)) if group]
             print(f"{part}: {len(groups)} conditions{''.join(kinds)}")
-    how = "computed (t-test against control)" if cells.rankings is None else "the file's own rankings"
+    how = "computed (t-test against control)" if data.rankings is None else "the file's own rankings"
     print(f"top {N_TOP} differentially expressed genes: {how}")
-    warn_of_targets(genes, targets, args)
+    warn_of_targets(data.genes[data.measured], unmeasured, targets, args)
 
 
-def warn_of_targets(genes, targets, args):
+def warn_of_targets(measured, unmeasured, targets, args):
     """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
-    measured = set(genes.names[genes.measured])
+    symbols = set(measured)
     ends_of_name = ("[^A-Za-z0-9.]", "[^A-Za-z0-9.-]")  # a hyphen may belong to it: HLA-A
-    odd = [target for target in genes.unmeasured
-           if any(re.split(end, target)[0] in measured for end in ends_of_name)]
+    odd = [target for target in unmeasured
+           if any(re.split(end, target)[0] in symbols for end in ends_of_name)]
     if odd:
-        print(f"warning: {len(odd):,} targets are not genes, but begin with one ({shown(odd, 3)}): pairs "
+        print(f"warning: targets that begin with a gene, but are none ({len(odd):,}): {shown(odd, 3)}; pairs "
               f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
-    elif len(genes.unmeasured) == len(targets):
-        print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(sorted(measured), 3)}); "
-              "are those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
+    elif len(unmeasured) == len(targets):
+        print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(measured, 3)}); are those "
+              "symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
 
 
-def print_text_coverage(args, genes, targets):
+def print_text_coverage(genes, targets, args):
     """Print how many of the genes and of the targets each source of stage 01 has a text for."""
     path = args.root / "data" / shared.space_of(args.dataset) / "annotations.h5"
     if not path.exists():
@@ -1246,10 +1226,10 @@ def check_arguments(args):
     if not args.separator:
         sys.exit("error: --separator '': expected what separates targets, as + or _")
     try:
-        has_group = re.compile(args.target_regex or "()").groups > 0
+        n_groups = re.compile(args.target_regex or "()").groups
     except re.error:
-        has_group = False
-    if not has_group:
+        n_groups = 0
+    if not n_groups:
         sys.exit(f"error: --target-regex {args.target_regex!r}: expected a regular expression with the "
                  "target in parentheses, as '(.+)_g[0-9]+'")
 
@@ -1264,13 +1244,11 @@ def read_vocab(path):
 
 def dataset_made_from(args, source, vocab_path):
     """`made_from` of dataset.h5: the options and files that decide it."""
-    names = ("condition_key", "control", "drop", "separator", "target_regex", "min_cells", "gene_key",
-             "upper_case", "layer", "normalize", "n_genes", "split_seed")
-    options = {name: getattr(args, name) for name in names}
-    options["split"] = args.split if args.split in ("simulation", "none") else "file"
+    others = ("dataset", "root", "force", "h5ad", "vocab")
+    options = {name: value for name, value in vars(args).items() if name not in others}
     files = {"cells": source, "vocabulary": vocab_path}
-    if options["split"] == "file":
-        files["split"] = Path(args.split)
+    if args.split not in ("simulation", "none"):
+        options["split"], files["split"] = "file", Path(args.split)
     return shared.made_from(options, {name: shared.fingerprint(file) for name, file in files.items() if file})
 
 
@@ -1309,14 +1287,13 @@ def main():
         return
 
     with open_cells(source, folder, sha256) as h5ad:
-        cells = open_h5ad(h5ad, args, vocab)
-        genes = number_genes(cells, vocab)
-        rules = make_rules(args, cells.genes)
-        split, subgroup = make_split(cells.targets_of, args, rules)
+        data = open_h5ad(h5ad, args, vocab)
+        number_genes(data, vocab)
+        data.split, data.subgroup = make_split(data.targets_of, data.rules, args)
         attributes = {"dataset": args.dataset, "synthetic": args.dataset == "demo", "vocab": vocab_name,
-                      "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
-        write_dataset(path, made, attributes, cells, genes, split, subgroup)
-    print_summary(args, cells, genes, split, subgroup, vocab)
+                      "n_tokens": data.n_tokens, "pad_id": data.pad_id}
+        write_dataset(path, made, attributes, data)
+    print_summary(data, vocab, args)
     print(f"wrote {path}\nnext: {next_command(args)}")
 
 

@@ -135,7 +135,7 @@ def test_a_file_unlike_gears_gives_the_numbers_worked_out_by_hand(tmp_path):
     names = [label.replace("_g1", "").replace("_g2", "") for label in np.array(labels)[kept]]
     names = ["ctrl" if name == "NT" else "HGNC0+HGNC1" if "|" in name else f"{name}+ctrl" for name in names]
     assert data.conditions[data.cell_condition].tolist() == names
-    assert "HGNC30+ctrl (2)" in done.stdout and "LOST" in done.stdout and "HGNC0_g1, HGNC0_g2 to HGNC0+ctrl" in done.stdout
+    assert "HGNC30+ctrl (2)" in done.stdout and "LOST" in done.stdout and "HGNC0+ctrl (HGNC0_g1, HGNC0_g2)" in done.stdout
     assert f"{kept.sum()} cells (60 control), {len(chosen)} genes, 22 perturbations of 21 targets" in done.stdout
     assert "20 of 21 targets are measured" in done.stdout and "test: " in done.stdout
 
@@ -338,7 +338,7 @@ def test_labels_of_one_condition_are_merged_under_its_name(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
     done, data = run(tmp_path, path, "--target-regex", "(.+)_g[0-9]+")
     assert set(data.conditions) == set(LABELS) and data.conditions[data.cell_condition].tolist() == LABELS
-    assert "22 labels make 12 conditions: GENE0+ctrl, GENE0_g1 to GENE0+ctrl" in done.stdout
+    assert "22 labels make 12 conditions: GENE0+ctrl (GENE0+ctrl, GENE0_g1), " in done.stdout
 
 
 def singles(control, pair="{}_{}"):
@@ -434,7 +434,7 @@ def test_a_pair_whose_first_gene_has_a_hyphen_is_pointed_out(tmp_path):
     genes = ["HLA-A", *GENES[1:]]
     labels = [label.replace("GENE0+", "HLA-A+") for label in LABELS[:-5]] + ["HLA-A_GENE1"] * 5
     done, _ = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes))
-    assert "1 targets are not genes, but begin with one (HLA-A_GENE1)" in done.stderr and "--separator" in done.stderr
+    assert "targets that begin with a gene, but are none (1): HLA-A_GENE1; pairs" in done.stderr and "--separator" in done.stderr
 
 
 def test_a_target_regex_that_matches_no_label_is_an_error(tmp_path):
@@ -447,9 +447,9 @@ def test_conditions_of_few_cells_are_left_out_and_listed(tmp_path):
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
     done, data = run(tmp_path, path, "--min-cells", 3)
     assert set(labels) - set(data.conditions) == {"GENE0+GENE1", "GENE7+GENE9"} and len(data.X) == 73
-    assert "2 conditions left out (their cells): GENE0+GENE1 (1), GENE7+GENE9 (1)" in done.stdout
-    assert "20 control cells, fewer than --min-cells 21" in error(tmp_path, path, "--min-cells", 21)
-    assert "no perturbation has --min-cells 6 cells; the largest is GENE0+ctrl with 5" in error(tmp_path, path, "--min-cells", 6)
+    assert "left out, with fewer cells than --min-cells 3: GENE0+GENE1 (1), GENE7+GENE9 (1)" in done.stdout
+    assert "too few control cells (ctrl: 20)" in error(tmp_path, path, "--min-cells", 21)
+    assert "control cells only" in error(tmp_path, path, "--min-cells", 6)
 
 
 def test_odd_characters_in_genes_and_labels_change_nothing(tmp_path):
@@ -465,7 +465,7 @@ def test_odd_characters_in_genes_and_labels_change_nothing(tmp_path):
 def test_without_control_cells_the_largest_labels_are_named(tmp_path):
     labels = ["K562" if label == "ctrl" else label for label in LABELS]
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
-    assert "no control cells (ctrl); name their label with --control (most cells are K562, " in error(tmp_path, path)
+    assert "too few control cells (ctrl: 0); name their label with --control (most cells are K562, " in error(tmp_path, path)
 
 
 # --- expression
