@@ -1,6 +1,7 @@
 """Stage 03: cells, split, differential expression -> data/<dataset>/dataset.h5
 
     python 03_prepare_data.py                       the demo: a simulated Perturb-seq screen, no internet
+                                                    (data/demo/cells.h5ad)
     python 03_prepare_data.py --dataset norman      GEARS' file, downloaded to data/norman/ (169 MB)
 
 Your own cells: python 03_prepare_data.py --dataset mine --h5ad mine.h5ad, and whichever of these apply:
@@ -657,17 +658,24 @@ def other_layers(file):
     return f"; choose another matrix with --layer ({shown(layers, 20)})" if layers else ""
 
 
-def read_genes(var, gene_key):
-    """Symbols (G,) and ids (G,) of the genes in an AnnData file's table of genes."""
-    index = var.attrs.get("_index", "index")
-    if gene_key is None:
-        gene_key = "gene_name" if "gene_name" in var else index
-    elif gene_key == "index" and "index" not in var:
-        gene_key = index
-    (symbols, codes), (ids, id_codes) = read_column(var, gene_key), read_column(var, index)
+def find_genes(file, args):
+    """The symbols (G,) of the genes that the options choose in an AnnData file, and the table that has them."""
+    check_is_anndata(file)
+    _, var = find_matrix(file, args.layer)
+    key = args.gene_key or ("gene_name" if "gene_name" in var else index_of(var))
+    if key == "index" and key not in var:
+        key = index_of(var)
+    symbols, codes = read_column(var, key)
     if (codes < 0).any():
-        raise BadCells(f"genes without a name in var/{gene_key}; choose another --gene-key")
-    return symbols[codes], ids[id_codes]
+        raise BadCells(f"genes without a name in var/{key}; choose another --gene-key")
+    if args.upper_case:
+        symbols = np.array([symbol.upper() for symbol in symbols], dtype=object)
+    return symbols[codes], var
+
+
+def index_of(table):
+    """The name of the column of an AnnData table that is its index."""
+    return table.attrs.get("_index", "index")
 
 
 def read_blocks(X, n_cells, n_genes):
@@ -807,15 +815,16 @@ def csr_blocks(logs, chosen):
         yield whole.tocsr()
 
 
-def read_rankings(file, conditions, cell_condition, gene_ids):
-    """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of
-    gene_ids (P, 20), -1 for control; None unless it ranks the genes of every condition.
+def read_rankings(file, conditions, cell_condition, chosen):
+    """The file's own rankings of differentially expressed genes (GEARS' layout), the first 20 as rows of the
+    chosen genes (P, 20), -1 for control; None unless it ranks the genes of every condition.
     """
     rankings = file.get("uns/rank_genes_groups_cov_all")
     if rankings is None or "condition_name" not in file["obs"]:
         return None
     names, codes = read_column(file["obs"], "condition_name")
     name_of = dict(zip(cell_condition, names[codes]))  # its row: the name of its ranking
+    gene_ids = read_text(file["var"][index_of(file["var"])])[chosen]
     row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
     order = np.full((len(conditions), N_TOP), -1, dtype=np.int32)
     for i, condition in enumerate(conditions):
@@ -831,16 +840,6 @@ def read_rankings(file, conditions, cell_condition, gene_ids):
     return order
 
 
-def find_expression(file, args):
-    """The table of genes that the options choose in an AnnData file, and their symbols and ids (G,)."""
-    check_is_anndata(file)
-    _, var = find_matrix(file, args.layer)
-    genes, gene_ids = read_genes(var, args.gene_key)
-    if args.upper_case:
-        genes = np.array([gene.upper() for gene in genes], dtype=object)
-    return var, genes, gene_ids
-
-
 def expression_blocks(path, args, n_cells, n_genes):
     """Yield the expression matrix of an AnnData file piece by piece, as read_blocks."""
     with shared.read_h5(path) as file:
@@ -851,13 +850,13 @@ def expression_blocks(path, args, n_cells, n_genes):
 def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
     cells and genes kept, CSR matrices of some cells each (float32), and the number of values in them,
-    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the rules
-    that labels are read by, and the file's rankings (P, 20) or None.
+    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, rules of the
+    labels, and the file's rankings (P, 20) or None.
 
     vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
     with shared.read_h5(path) as file:
-        var, genes, gene_ids = find_expression(file, args)
+        genes, var = find_genes(file, args)
         if vocab:
             check_known(genes, vocab, columns_of(var))
         labels, label_of_cell = read_column(file["obs"], args.condition_key)
@@ -884,7 +883,7 @@ def open_h5ad(path, args, vocab=None):
     rankings = None
     if not is_counts and kept.all() and args.layer is None:
         with shared.read_h5(path) as file:
-            rankings = read_rankings(file, conditions, cell_condition, gene_ids[chosen])
+            rankings = read_rankings(file, conditions, cell_condition, chosen)
     return SimpleNamespace(
         blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
         genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
@@ -895,8 +894,8 @@ def read_cells(path, args):
     """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
-        _, genes, _ = find_expression(file, args)
-        n_cells = len(read_text(file["obs"][file["obs"].attrs.get("_index", "index")]))
+        genes, _ = find_genes(file, args)
+        n_cells = len(read_text(file["obs"][index_of(file["obs"])]))
     logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
     blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
     return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
@@ -916,6 +915,7 @@ def write_h5ad(path, made, X, obs, genes, description, control=None):
     if len(set(index)) < len(index):
         index = [f"{condition} {row}" for row, condition in enumerate(index)]
     about = {"description": description, "control": CONTROL, **shared.provenance(made)}
+    del about["format_version"]
     with shared.write_h5(path, made) as file:
         mark(file, "anndata", "0.1.0")
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
@@ -926,8 +926,8 @@ def write_h5ad(path, made, X, obs, genes, description, control=None):
             write_rows(file, X, (len(index), len(genes)), control)
         write_table(file, "obs", index, obs)
         write_table(file, "var", genes, {"gene_name": genes})
-        for name in ("description", "control", "command", "date", "versions", "made_from"):
-            file["uns"][name] = about[name]
+        for name, text in about.items():
+            file["uns"][name] = text
             mark(file["uns"][name], "string")
 
 
@@ -988,8 +988,8 @@ def write_table(file, name, index, columns):
 # dataset.h5
 
 def number_genes(data, vocab):
-    """Give the genes their numbers: set genes (G,), measured (G,) bool, token_ids (G,), n_tokens and pad_id of
-    the vocabulary, and targets (P, K), rows of genes (-1: none) of a namespace of open_h5ad's.
+    """Add to open_h5ad's namespace the numbers of its genes: genes (G,), measured (G,) bool, token_ids (G,),
+    n_tokens and pad_id of the vocabulary, targets (P, K), rows of genes (-1: none).
 
     Targets that the data does not measure join at the end. vocab: {symbol: row} of scGPT's vocabulary, or
     None: every gene is a token of its own.
@@ -1006,8 +1006,8 @@ def number_genes(data, vocab):
     data.token_ids = np.array(token_ids, dtype=np.int32)
     data.genes = unique_names(symbols)
     if (data.genes != symbols).any():
-        print(f"symbols of two genes: the second is {shown(data.genes[data.genes != symbols])}; perturbations "
-              "flag the first")
+        print(f"symbols of two genes: the second is {shown(data.genes[data.genes != symbols])}; "
+              "perturbations flag the first")
 
     row_of = {gene: row for row, gene in enumerate(data.genes)}
     rows = [[row_of[target] for target in targets] for targets in data.targets_of.values()]
@@ -1145,8 +1145,8 @@ def warn_of_targets(measured, unmeasured, targets, args):
         print(f"warning: targets that begin with a gene, but are none ({len(odd):,}): {shown(odd, 3)}; pairs "
               f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
     elif len(unmeasured) == len(targets):
-        print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(measured, 3)}); are those "
-              "symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
+        print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(measured, 3)}); are "
+              "those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
 
 
 def print_text_coverage(genes, targets, args):

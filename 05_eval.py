@@ -480,7 +480,7 @@ def read_external(item, data, test, args):
     shared.check_name(name, "--external")
     with prepare.open_cells(Path(path), args.root / "data" / args.dataset) as h5ad:
         with shared.read_h5(h5ad) as file:
-            _, genes, _ = prepare.find_expression(file, args)
+            genes, _ = prepare.find_genes(file, args)
             labels, label_of_cell = prepare.read_column(file["obs"], "condition")
         blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
         means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
