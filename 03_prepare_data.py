@@ -44,6 +44,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,10 +245,10 @@ def choose_conditions(labels, label_of_cell, rules, args):
     if n_missing:
         print(f"{n_missing:,} of {len(label_of_cell):,} cells have no {args.condition_key}: left out")
     labels = [label.strip() for label in labels]
-    n_cells = {}
+    n_cells = Counter()
     for label, n in zip(labels, counts):
         if n:  # a category may have no cells
-            n_cells[label] = n_cells.get(label, 0) + n
+            n_cells[label] += n
     targets_of_label = read_labels(n_cells, rules, args.drop)
     n_with_ctrl = sum(len(targets) > 0 and CONTROL in label.split(args.separator)
                       for label, targets in targets_of_label.items())
@@ -456,19 +457,17 @@ def most_variable(mean, variance, n):
     are all chosen.
     """
     mean = np.where(mean == 0, 1e-12, mean)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        dispersion = np.log(np.where(variance > 0, variance / mean, np.nan))
     log_mean = np.log1p(mean)
     edges = np.linspace(log_mean.min(), log_mean.max(), 21)[1:-1]
     bin_of = np.searchsorted(edges, log_mean)  # a gene on an edge belongs to the bin below
     score = np.full(len(mean), np.nan)
     for b in range(20):
-        genes = np.flatnonzero((bin_of == b) & np.isfinite(dispersion))
-        values = dispersion[genes]
+        genes = np.flatnonzero((bin_of == b) & (variance > 0))
+        dispersion = np.log(variance[genes] / mean[genes])
         if len(genes) == 1:
             score[genes] = 1
-        elif len(genes) and values.std() > 0:
-            score[genes] = (values - values.mean()) / values.std(ddof=1)
+        elif len(genes) and dispersion.std() > 0:
+            score[genes] = (dispersion - dispersion.mean()) / dispersion.std(ddof=1)
     score = np.round(score, 9)  # ties stay ties in whatever order the cells were summed
     best = -np.sort(-score)[:n]  # NaN, of genes that never vary, comes last
     return score >= np.fmin.reduce(best)
@@ -478,7 +477,7 @@ def most_variable(mean, variance, n):
 # The demo: a simulated screen
 
 def simulate_demo(path):
-    """Write simulated cells (3,564 x 128, log-normalized) and their conditions as an AnnData file. SYNTHETIC.
+    """Write simulated cells (3,564 x 128, counts) and their conditions as an AnnData file. SYNTHETIC.
 
     Every gene takes part in one or two of eight processes (stage 01 writes texts that say so). Perturbing a
     gene changes the activity of the other processes through a random signed matrix, and thereby the genes
@@ -511,10 +510,8 @@ def simulate_demo(path):
         counts.append(rng.poisson(np.exp(log_mean)))
         labels += [label] * n_cells
     X = sparse.csr_matrix(np.concatenate(counts).astype(np.float32))
-    totals = cell_totals(X)
     made = shared.made_from({"simulated": "demo"}, {})
-    write_h5ad(path, made, normalize(X, np.median(totals) / totals), {"condition": labels}, genes,
-               "SYNTHETIC cells: a simulated screen")
+    write_h5ad(path, made, X, {"condition": labels}, genes, "SYNTHETIC cells: a simulated screen")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -591,8 +588,8 @@ def kind_of(path):
 
 def check_is_anndata(file):
     """Raise BadCells for an HDF5 file that is not an AnnData file, saying what it is."""
-    tables = [file.get("obs"), file.get("var")]
-    if "mod" not in file and all(isinstance(table, h5py.Group) for table in tables):
+    has_tables = all(isinstance(file.get(name), h5py.Group) for name in ("obs", "var"))
+    if has_tables and "mod" not in file:
         return
     kinds = {"mod": "a MuData file (h5mu)", "row_attrs": "a loom file", "matrix": "10x Genomics' h5 format",
              "assays": "an h5Seurat file", "obs": "a file of anndata before 0.7"}
@@ -654,12 +651,12 @@ def find_matrix(file, layer):
 
 def other_layers(file):
     """What --layer can choose in an AnnData file, as the end of a message."""
-    layers = list(file.get("layers", ())) + (["raw"] if "raw/X" in file and "raw/var" in file else [])
+    layers = list(file.get("layers", ())) + (["raw"] if "raw/X" in file else [])
     return f"; choose another matrix with --layer ({shown(layers, 20)})" if layers else ""
 
 
 def find_genes(file, args):
-    """The symbols (G,) of the genes that the options choose in an AnnData file, and the table that has them."""
+    """The symbols (G,) of the genes that the options choose in an AnnData file, and their table."""
     check_is_anndata(file)
     _, var = find_matrix(file, args.layer)
     key = args.gene_key or ("gene_name" if "gene_name" in var else index_of(var))
@@ -678,13 +675,17 @@ def index_of(table):
     return table.attrs.get("_index", "index")
 
 
-def read_blocks(X, n_cells, n_genes):
-    """Yield the matrix X (cells, genes) of an AnnData file piece by piece: (cells, genes, float32 matrix),
-    `cells` and `genes` being slices of X. Dense and CSR data comes by cells and as CSR, CSC data by genes and
-    as CSC."""
-    if isinstance(X, h5py.Dataset):
-        yield from read_dense_blocks(X, n_cells, n_genes)
-        return
+def expression_blocks(path, args, n_cells, n_genes):
+    """Yield the expression matrix of an AnnData file piece by piece: (cells, genes, float32 matrix), `cells`
+    and `genes` being slices. Dense and CSR data comes by cells and as CSR, CSC data by genes and as CSC."""
+    with shared.read_h5(path) as file:
+        X, _ = find_matrix(file, args.layer)
+        read_blocks = read_dense_blocks if isinstance(X, h5py.Dataset) else read_sparse_blocks
+        yield from read_blocks(X, n_cells, n_genes)
+
+
+def read_sparse_blocks(X, n_cells, n_genes):
+    """expression_blocks of a CSR or CSC matrix."""
     encoding = str(X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))).removesuffix("_matrix")
     if encoding not in ("csr", "csc"):
         raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
@@ -714,7 +715,7 @@ def read_blocks(X, n_cells, n_genes):
 
 
 def read_dense_blocks(X, n_cells, n_genes):
-    """read_blocks of a dense matrix."""
+    """expression_blocks of a dense matrix."""
     if X.shape != (n_cells, n_genes):
         raise BadCells(f"{X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
     step = max(1, BLOCK // n_genes)
@@ -776,7 +777,7 @@ def scan_expression(path, args, is_wanted, n_genes):
 
 
 def log_blocks(blocks, kept, scale):
-    """Yield (genes, matrix) for each block of blocks() (see read_blocks): the kept cells (cells,),
+    """Yield (genes, matrix) for each of the expression_blocks of blocks(): the kept cells (cells,),
     log-normalized. scale (cells,) normalizes counts; None leaves values as they are."""
     for cells, genes, X in blocks():
         X = normalize(X, scale[cells]) if scale is not None else X
@@ -800,7 +801,7 @@ def choose_variable(logs, is_target, n_cells, n_wanted):
 
 
 def csr_blocks(logs, chosen):
-    """The chosen genes (G,) bool of log_blocks' `logs`, as CSR matrices of some cells each. CSC,
+    """Yield the chosen genes (G,) bool of log_blocks' `logs` as CSR matrices of some cells each. CSC data,
     stored by gene, is collected in memory and comes as one."""
     by_genes = []
     for genes, X in logs:
@@ -840,18 +841,11 @@ def read_rankings(file, conditions, cell_condition, chosen):
     return order
 
 
-def expression_blocks(path, args, n_cells, n_genes):
-    """Yield the expression matrix of an AnnData file piece by piece, as read_blocks."""
-    with shared.read_h5(path) as file:
-        matrix, _ = find_matrix(file, args.layer)
-        yield from read_blocks(matrix, n_cells, n_genes)
-
-
 def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
-    cells and genes kept, CSR matrices of some cells each (float32), and the number of values in them,
-    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, rules of the
-    labels, and the file's rankings (P, 20) or None.
+    cells and genes kept, CSR matrices of some cells each (float32), and n_values, the number of values in
+    them; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the rules of
+    the labels, and the file's rankings (P, 20) or None.
 
     vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
@@ -1005,9 +999,9 @@ def number_genes(data, vocab):
         token_ids = [vocab.get(gene, data.pad_id) for gene in symbols]
     data.token_ids = np.array(token_ids, dtype=np.int32)
     data.genes = unique_names(symbols)
-    if (data.genes != symbols).any():
-        print(f"symbols of two genes: the second is {shown(data.genes[data.genes != symbols])}; "
-              "perturbations flag the first")
+    renamed = data.genes[data.genes != symbols]
+    if len(renamed):
+        print(f"symbols of two genes: the second is {shown(renamed)}; perturbations flag the first")
 
     row_of = {gene: row for row, gene in enumerate(data.genes)}
     rows = [[row_of[target] for target in targets] for targets in data.targets_of.values()]
@@ -1042,7 +1036,7 @@ def check_known(genes, vocab, columns):
     print(f"warning: only {found}", file=sys.stderr)
 
 
-# What a dataset has besides X and attributes
+# What dataset.h5 has besides X and attributes
 ARRAYS = ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx")
 TEXTS = ("genes", "conditions", "split", "subgroup")
 
@@ -1055,15 +1049,16 @@ def write_dataset(path, made, attributes, data):
         shape = len(data.cell_condition), len(data.genes)
         blocks = write_blocks(file, "X", data.blocks(), data.n_values, shape)
         mean, variance = moments(blocks, data.cell_condition, len(data.conditions), len(data.genes))
-        data.mean, data.de_idx = mean.astype(np.float32), data.rankings
-        if data.rankings is None:
+        de_idx = data.rankings
+        if de_idx is None:
             n_cells = np.bincount(data.cell_condition)
             ctrl = list(data.conditions).index(CONTROL)
-            data.de_idx = rank_de(mean, variance, n_cells, ctrl, data.measured.sum())
+            de_idx = rank_de(mean, variance, n_cells, ctrl, data.measured.sum())
+        fields = vars(data) | {"mean": mean.astype(np.float32), "de_idx": de_idx}
         for name in ARRAYS:
-            file[name] = getattr(data, name)
+            file[name] = fields[name]
         for name in TEXTS:
-            shared.write_strings(file, name, getattr(data, name))
+            shared.write_strings(file, name, fields[name])
 
 
 class ExpressionMatrix:
@@ -1072,10 +1067,10 @@ class ExpressionMatrix:
 
     The file is mapped into memory: what was read lately is there for as long as no program needs the space.
     """
-    def __init__(self, group, n_genes):
+    def __init__(self, group):
         self.indptr = group["indptr"][:].astype(np.int64)
         self.data, self.indices = map_into_memory(group["data"]), map_into_memory(group["indices"])
-        self.shape = len(self.indptr) - 1, n_genes
+        self.shape = tuple(group.attrs["shape"])
 
     def __getitem__(self, cells):
         starts = self.indptr[cells]
@@ -1103,7 +1098,7 @@ def load_dataset(path, made_by):
             setattr(data, name, file[name].asstr()[:])
         data.synthetic, data.vocab = bool(file.attrs["synthetic"]), str(file.attrs["vocab"])
         data.n_tokens, data.pad_id = int(file.attrs["n_tokens"]), int(file.attrs["pad_id"])
-        data.X = ExpressionMatrix(file["X"], len(data.genes))
+        data.X = ExpressionMatrix(file["X"])
     data.ctrl_cells = np.flatnonzero(data.split[data.cell_condition] == "ctrl")
     return data
 
@@ -1138,12 +1133,11 @@ def print_summary(data, vocab, args):
 def warn_of_targets(measured, unmeasured, targets, args):
     """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
     symbols = set(measured)
-    ends_of_name = ("[^A-Za-z0-9.]", "[^A-Za-z0-9.-]")  # a hyphen may belong to it: HLA-A
     odd = [target for target in unmeasured
-           if any(re.split(end, target)[0] in symbols for end in ends_of_name)]
+           if any(target[:end.start()] in symbols for end in re.finditer("[^A-Za-z0-9.]", target))]
     if odd:
-        print(f"warning: targets that begin with a gene, but are none ({len(odd):,}): {shown(odd, 3)}; pairs "
-              f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
+        print(f"warning: targets that are not genes but begin with one ({len(odd):,}): {shown(odd, 3)}; "
+              f"pairs (--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
     elif len(unmeasured) == len(targets):
         print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(measured, 3)}); are "
               "those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
@@ -1210,7 +1204,7 @@ def expression_options(parser):
 def check_arguments(args):
     """End the run for impossible options."""
     if shared.space_of(args.dataset) == "demo":
-        args.vocab = "none"
+        args.vocab, args.normalize = "none", True
         if args.h5ad:
             sys.exit("error: --h5ad needs a name of its own: --dataset NAME")
     elif not args.h5ad and args.dataset not in DATASETS:

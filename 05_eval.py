@@ -508,7 +508,7 @@ def read_external(item, data, test, args):
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from read_blocks' blocks;
+    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks;
     and whether all values are whole numbers."""
     cells = np.flatnonzero(label_of_cell >= 0)
     is_of_label = sparse.csc_matrix((np.ones(len(cells)), (label_of_cell[cells], cells)),

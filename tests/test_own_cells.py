@@ -210,7 +210,7 @@ def test_rows_of_the_matrix_on_disk_are_those_in_memory(prepare, tmp_path):
         blocks = [sparse.csr_matrix(part) for part in (dense[:1], dense[1:40], dense[40:40], dense[40:])]
         assert list(prepare.write_blocks(file, "X", blocks, np.count_nonzero(dense), dense.shape)) == blocks
     with h5py.File(path) as file:
-        X = prepare.ExpressionMatrix(file["X"], dense.shape[1])
+        X = prepare.ExpressionMatrix(file["X"])
     for cells in ([5, 5, 0], [7], [], [len(dense) - 1, 7, 3], np.random.default_rng(0).permutation(len(dense))):
         rows = X[np.array(cells, dtype=int)]
         assert rows.format == "csr" and rows.dtype == np.float32
@@ -434,7 +434,7 @@ def test_a_pair_whose_first_gene_has_a_hyphen_is_pointed_out(tmp_path):
     genes = ["HLA-A", *GENES[1:]]
     labels = [label.replace("GENE0+", "HLA-A+") for label in LABELS[:-5]] + ["HLA-A_GENE1"] * 5
     done, _ = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes))
-    assert "targets that begin with a gene, but are none (1): HLA-A_GENE1; pairs" in done.stderr and "--separator" in done.stderr
+    assert "targets that are not genes but begin with one (1): HLA-A_GENE1; pairs" in done.stderr and "--separator" in done.stderr
 
 
 def test_a_target_regex_that_matches_no_label_is_an_error(tmp_path):
