@@ -177,10 +177,11 @@ def find_condition(label, conditions, rules):
 
     conditions: {condition: targets}
     """
-    if str(label) in conditions:
+    label = str(label)  # in a JSON file it may be a number
+    if label in conditions:
         return label
     try:
-        targets = sorted(parse_condition(str(label), rules))
+        targets = sorted(parse_condition(label, rules))
     except ValueError:
         return None
     return next((name for name, others in conditions.items() if sorted(others) == targets), None)
@@ -221,8 +222,8 @@ def read_labels(n_cells, rules, drop):
                 if LOOKS_LIKE_CONTROL.fullmatch(word) and word not in rules.genes]
     problems = []
     if bad:
-        problems.append(f"{len(bad):,} of {len(n_cells):,} labels are not conditions: {shown(bad, 10)}; see "
-                        "--separator, --target-regex, --drop")
+        problems.append(f"labels that are no conditions ({len(bad):,} of {len(n_cells):,}): "
+                        f"{shown(bad, 10)}; see --separator, --target-regex, --drop")
     if controls:
         names = [name for name in rules.control if name != CONTROL] + controls[:8]
         problems.append(f"these look like controls: {shown(controls)}; name all (--control "
@@ -243,17 +244,17 @@ def choose_conditions(labels, label_of_cell, rules, args):
     """
     n_missing, *counts = np.bincount(label_of_cell + 1, minlength=len(labels) + 1)
     if n_missing:
-        print(f"{n_missing:,} of {len(label_of_cell):,} cells have no {args.condition_key}: left out")
+        print(f"left out, without {args.condition_key}: {n_missing:,} of {len(label_of_cell):,} cells")
     labels = [label.strip() for label in labels]
     n_cells = Counter()
     for label, n in zip(labels, counts):
         if n:  # a category may have no cells
             n_cells[label] += n
     targets_of_label = read_labels(n_cells, rules, args.drop)
-    n_with_ctrl = sum(len(targets) > 0 and CONTROL in label.split(args.separator)
-                      for label, targets in targets_of_label.items())
-    if n_with_ctrl and CONTROL not in args.control:
-        print(f"{n_with_ctrl:,} labels have {CONTROL!r} in them: it counts as control, too")
+    with_ctrl = [label for label, targets in targets_of_label.items()
+                 if targets and CONTROL in label.split(args.separator)]
+    if with_ctrl and CONTROL not in args.control:
+        print(f"{CONTROL!r} within a label counts as control, too: {shown(with_ctrl, 3)}")
 
     labels_of = {}
     for label, targets in targets_of_label.items():
@@ -342,21 +343,22 @@ def split_from_json(path, targets_of, rules):
     if set(lists) != {"train", "val", "test"}:
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
     split, problems = {}, []
-    for label, part in [(label, part) for part, labels in lists.items() for label in labels]:
-        if label == CONTROL:  # GEARS lists it among the training labels
-            continue
-        condition = find_condition(label, targets_of, rules)
-        if condition is None:
-            near = difflib.get_close_matches(str(label), targets_of, 2)
-            advice = f" (did you mean {' or '.join(near)}?)" if near else ""
-            problems.append(f"{label!r} is no perturbed condition of the data{advice}")
-        elif condition in split:
-            problems.append(f"{label!r} stands twice")
-        else:
-            split[condition] = part
+    for part, labels in lists.items():
+        for label in labels:
+            if label == CONTROL:  # GEARS lists it among the training labels
+                continue
+            condition = find_condition(label, targets_of, rules)
+            if condition is None:
+                near = difflib.get_close_matches(str(label), targets_of, 2)
+                advice = f" (did you mean {' or '.join(near)}?)" if near else ""
+                problems.append(f"{label!r} is no perturbed condition of the data{advice}")
+            elif condition in split:
+                problems.append(f"{label!r} stands twice")
+            else:
+                split[condition] = part
     problems += [f"{condition!r} is missing" for condition in targets_of if condition not in split]
     if problems:
-        sys.exit(f"error: {path}: {len(problems):,} problems: {shown(problems, 10)}")
+        sys.exit(f"error: {path}: {shown(problems, 10)}")
 
     trained = {gene for label, part in split.items() if part == "train" for gene in targets_of[label]}
     subgroup = {}
@@ -383,8 +385,8 @@ def make_split(targets_of, rules, args):
         split, subgroup = split_from_json(args.split, perturbed, rules)
     empty = [part for part in ("train", "val", "test") if part not in split.values()]
     if empty and args.split != "none":
-        raise BadCells(f"{len(perturbed)} perturbations are too few for the split (none left for "
-                       f"{' and '.join(empty)}): it takes about a dozen; --split none trains on all")
+        raise BadCells(f"too few perturbations ({len(perturbed)}) for the split, none left for "
+                       f"{' and '.join(empty)}: it takes about a dozen; --split none trains on all")
     parts = [split.get(condition, "ctrl") for condition in targets_of]
     subgroups = [subgroup.get(condition, "") for condition in targets_of]
     return np.array(parts, dtype=object), np.array(subgroups, dtype=object)
@@ -630,7 +632,7 @@ def read_column(table, name):
         return values, codes
     values, codes = read_text(values), codes[:].astype(np.int64)
     if not ((-1 <= codes) & (codes < len(values))).all():
-        raise BadCells(f"{column.name}: codes other than of its {len(values)} categories")
+        raise BadCells(f"{column.name}: codes outside its {len(values):,} categories")
     return values, codes
 
 
@@ -863,7 +865,7 @@ def open_h5ad(path, args, vocab=None):
     logs, kept, n_values, is_counts = scan_expression(path, args, is_wanted, len(genes))
     n_empty = (is_wanted & ~kept).sum()
     if n_empty:
-        print(f"{n_empty:,} cells without any expression: left out")
+        print(f"left out, without any expression: {n_empty:,} of {len(kept):,} cells")
     n_cells = np.bincount(cell_condition[kept], minlength=len(conditions))
     if not n_cells.all():
         raise BadCells(f"no cell with any expression in {shown(conditions[n_cells == 0])}; leave those out "

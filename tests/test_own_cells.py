@@ -229,7 +229,7 @@ def test_cells_without_a_label_are_left_out_and_counted(tmp_path, encoding):
     labels = [None] * 4 + LABELS[4:]
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES, encoding=encoding)
     done, data = run(tmp_path, path)
-    assert data.conditions[data.cell_condition].tolist() == labels[4:] and "4 of 75 cells have no condition: left out" in done.stdout
+    assert data.conditions[data.cell_condition].tolist() == labels[4:] and "left out, without condition: 4 of 75 cells" in done.stdout
     np.testing.assert_allclose(data.X, logged(counts())[4:], rtol=1e-6)
 
 
@@ -238,7 +238,7 @@ def test_a_column_of_floats_has_missing_labels_too_and_a_text_nan_means_unknown(
     labels[-3:] = np.nan
     genes = [f"{i}.0" for i in range(30)]
     done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, genes, encoding="numbers"), "--control", "0.0")
-    assert "3 of 75 cells have no condition: left out" in done.stdout and "nan" not in data.conditions
+    assert "left out, without condition: 3 of 75 cells" in done.stdout and "nan" not in data.conditions
     done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels.astype(str), genes, "csr", "plain"), "--control", "0.0", "--force")
     assert "left out, with numbers of cells: nan (3)" in done.stdout and len(data.conditions) == 15
 
@@ -368,7 +368,7 @@ def test_ctrl_within_a_label_counts_as_control_whatever_control_cells_are_called
     path = write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES)
     done, data = run(tmp_path, path, "--control", "control")
     assert data.conditions[data.cell_condition].tolist() == LABELS
-    assert "10 labels have 'ctrl' in them: it counts as control, too" in done.stdout
+    assert "'ctrl' within a label counts as control, too: GENE0+ctrl, " in done.stdout
 
 
 MANY_GUIDES = "_".join(f"chr1.{i}_x" for i in range(60))
@@ -400,7 +400,7 @@ def test_drop_leaves_out_more_labels_and_without_a_value_none(tmp_path):
 def test_all_labels_that_are_no_condition_are_named_at_once(tmp_path):
     labels = [{30: "A++B", 40: "GENE1+GENE1", 50: "NT", 60: "GENE5 + ctrl"}.get(i, label) for i, label in enumerate(LABELS)]
     line = error(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), labels, GENES))
-    assert "2 of 16 labels are not conditions: 'A++B' (nothing before or after a '+'), 'GENE1+GENE1' (the same target twice)" in line
+    assert "labels that are no conditions (2 of 16): 'A++B' (nothing before or after a '+'), 'GENE1+GENE1' (the same target twice)" in line
     assert "these look like controls: NT" in line and "GENE5 + ctrl" not in line
 
 
@@ -504,7 +504,7 @@ def test_cells_without_counts_are_left_out_with_a_line(tmp_path):
     dense[[7, 60]] = 0
     done, data = run(tmp_path, write_cells(tmp_path / "cells.h5ad", dense, LABELS, GENES), "--normalize")
     kept = [i for i in range(len(dense)) if i not in (7, 60)]
-    assert data.conditions[data.cell_condition].tolist() == [LABELS[i] for i in kept] and "2 cells without any expression: left out" in done.stdout
+    assert data.conditions[data.cell_condition].tolist() == [LABELS[i] for i in kept] and "left out, without any expression: 2 of 75 cells" in done.stdout
     np.testing.assert_allclose(data.X, logged(dense[kept]), rtol=1e-6)
 
 

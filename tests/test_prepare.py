@@ -109,7 +109,7 @@ def test_a_split_of_the_users_names_its_subgroups(prepare, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "not a JSON file"), ('{"train": []}', "expected"),
-    ('{"train": ["A+ctrl", "Z+ctrl", 7], "val": ["A"], "test": []}', "4 problems: 'Z\\+ctrl' is no perturbed condition of the data .did you mean .*A\\+ctrl.*, "
+    ('{"train": ["A+ctrl", "Z+ctrl", 7], "val": ["A"], "test": []}', "split.json: 'Z\\+ctrl' is no perturbed condition of the data .did you mean .*A\\+ctrl.*, "
      "7 is no .*'A' stands twice, 'B\\+ctrl' is missing")])
 def test_a_bad_split_file_is_an_error_that_names_all_that_is_wrong(prepare, tmp_path, content, message):
     path = tmp_path / "split.json"
@@ -393,7 +393,7 @@ def test_too_few_perturbations_for_a_split_are_an_error_and_train_with_split_non
     labels = ["ctrl"] * 5 + ["GENE1+ctrl"] * 5 + ["GENE2+ctrl"] * 5
     path = write_h5ad(tmp_path / "cells.h5ad", labels=labels, dense=expression()[:15])
     line = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
-    assert "2 perturbations are too few for the split" in line and "about a dozen" in line and "--split none" in line
+    assert "too few perturbations (2) for the split" in line and "about a dozen" in line and "--split none" in line
     done, file = prepared(tmp_path, "--split", "none")
     with file:
         assert dict(zip(file["conditions"].asstr()[:], file["split"].asstr()[:])) == {"ctrl": "ctrl", "GENE1+ctrl": "train", "GENE2+ctrl": "train"}
