@@ -1,6 +1,7 @@
 """Stage 03: cells, split, differential expression -> data/<dataset>/dataset.h5
 
     python 03_prepare_data.py                       the demo: a simulated Perturb-seq screen, no internet
+                                                    (data/demo/cells.h5ad)
     python 03_prepare_data.py --dataset norman      GEARS' file, downloaded to data/norman/ (169 MB)
 
 Your own cells: python 03_prepare_data.py --dataset mine --h5ad mine.h5ad, and whichever of these apply:
@@ -43,6 +44,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +85,10 @@ MEANS_UNKNOWN = re.compile(
     r"|[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?(assigned|called|detected)|unknown|undefined"
     r"|undetected|undetermined|unclassified|unmapped|no[ ._-]?(guide|call|s?g?rna)s?|multiplets?|doublets?"
     r"|multi(ple)?([ ._-]?guides?)?|collision|ambiguous|low[ ._-]?quality|negative", re.IGNORECASE)
+
+
+class BadCells(Exception):
+    """What is wrong with a file of cells; open_cells ends the run with this line, after the file's name."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -160,7 +166,6 @@ def condition_name(label, targets):
 
     A label in GEARS' form (`ctrl`, `A+ctrl`, `ctrl+A`, `A+B`) stays as it is, as in the paper's tables.
     """
-    label = label.strip()
     padding = [CONTROL] if len(targets) < 2 else []
     if sorted(label.split("+")) == sorted(targets + padding):
         return label
@@ -172,10 +177,11 @@ def find_condition(label, conditions, rules):
 
     conditions: {condition: targets}
     """
-    if str(label) in conditions:
+    label = str(label)  # in a JSON file it may be a number
+    if label in conditions:
         return label
     try:
-        targets = sorted(parse_condition(str(label), rules))
+        targets = sorted(parse_condition(label, rules))
     except ValueError:
         return None
     return next((name for name, others in conditions.items() if sorted(others) == targets), None)
@@ -191,13 +197,13 @@ def is_unknown(label, rules):
     return says_so or len(names) > MOST_TARGETS
 
 
-def read_labels(n_cells, rules, drop, source):
+def read_labels(n_cells, rules, drop):
     """What each label stands for, {label: targets}, without those that are left out.
 
-    n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option. Ends
-    the run, listing every label that cannot be read.
+    n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option.
+    Raises BadCells, listing every label that cannot be read.
     """
-    targets_of, left_out, bad, controls = {}, [], [], {}
+    targets_of, left_out, bad, suspects = {}, [], [], []
     for label, n in n_cells.items():
         if is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
             left_out.append(f"{label[:60] or 'empty label'} ({n:,})")
@@ -208,83 +214,72 @@ def read_labels(n_cells, rules, drop, source):
             bad.append(f"{label[:60]!r} ({error})")
             continue
         if targets:
-            suspects = [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
-            controls |= {word: None for word in suspects if LOOKS_LIKE_CONTROL.fullmatch(word)}
+            suspects += [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
 
     if left_out:
         print(f"left out, with numbers of cells: {shown(left_out, 20)} (--drop without a value keeps them)")
-    controls = [word for word in controls if word not in rules.genes]
+    controls = [word for word in dict.fromkeys(suspects)
+                if LOOKS_LIKE_CONTROL.fullmatch(word) and word not in rules.genes]
     problems = []
     if bad:
-        problems.append(f"{len(bad):,} of {len(n_cells):,} labels are not conditions: {shown(bad, 10)}; see "
-                        "--separator, --target-regex, --drop")
+        problems.append(f"labels that are no conditions ({len(bad):,} of {len(n_cells):,}): "
+                        f"{shown(bad, 10)}; see --separator, --target-regex, --drop")
     if controls:
         names = [name for name in rules.control if name != CONTROL] + controls[:8]
         problems.append(f"these look like controls: {shown(controls)}; name all (--control "
                         f"{shlex.join(names)}; patterns such as 'NT*' work), or leave these out with --drop")
     parts = [part.strip() for label in n_cells for part in (label, *label.split(rules.separator))]
     if rules.target_regex and not any(find_groups(rules.target_regex, part) for part in parts):
-        examples = shown(list(n_cells), 3)
-        problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as {examples}")
+        problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as "
+                        f"{shown(list(n_cells), 3)}")
     if problems:
-        sys.exit(f"error: {source}: {'; '.join(problems)}")
+        raise BadCells("; ".join(problems))
     return targets_of
 
 
-def choose_conditions(labels, label_of_cell, genes, args, source):
-    """Conditions (P,), each cell's condition (cells,; -1: left out), and {condition: targets}.
+def choose_conditions(labels, label_of_cell, rules, args):
+    """{condition: targets}, and the condition of each cell (cells,): its place there, -1 if it is left out.
 
-    labels (L,): the labels of the source; label_of_cell (cells,): each cell's, -1 where it is missing.
+    labels (L,): as in the file; label_of_cell (cells,): the label of each cell, -1 where it is missing.
     """
     n_missing, *counts = np.bincount(label_of_cell + 1, minlength=len(labels) + 1)
     if n_missing:
-        print(f"{n_missing:,} of {len(label_of_cell):,} cells have no {args.condition_key}: left out")
+        print(f"left out, without {args.condition_key}: {n_missing:,} of {len(label_of_cell):,} cells")
     labels = [label.strip() for label in labels]
-    n_cells = {}
+    n_cells = Counter()
     for label, n in zip(labels, counts):
         if n:  # a category may have no cells
-            n_cells[label] = n_cells.get(label, 0) + n
-    rules = make_rules(args, genes)
-    targets_of_label = read_labels(n_cells, rules, args.drop, source)
-    perturbed = [label for label, targets in targets_of_label.items() if targets]
-    n_with_ctrl = sum(CONTROL in label.split(args.separator) for label in perturbed)
-    if n_with_ctrl and CONTROL not in args.control:
-        print(f"{n_with_ctrl:,} labels have {CONTROL!r} in them: it counts as control, too")
+            n_cells[label] += n
+    targets_of_label = read_labels(n_cells, rules, args.drop)
+    with_ctrl = [label for label, targets in targets_of_label.items()
+                 if targets and CONTROL in label.split(args.separator)]
+    if with_ctrl and CONTROL not in args.control:
+        print(f"{CONTROL!r} within a label counts as control, too: {shown(with_ctrl, 3)}")
 
-    # Labels of the same condition become one
-    condition_of, targets_of, labels_of, n_of = {}, {}, {}, {}
+    labels_of = {}
     for label, targets in targets_of_label.items():
-        condition = condition_of[label] = condition_name(label, targets)
-        targets_of.setdefault(condition, targets)
-        labels_of.setdefault(condition, []).append(label)
-        n_of[condition] = n_of.get(condition, 0) + n_cells[label]
-    merged = [f"{shown(same, 3)} to {condition}" for condition, same in labels_of.items() if len(same) > 1]
+        labels_of.setdefault(condition_name(label, targets), []).append(label)
+    merged = [f"{condition} ({shown(same, 3)})" for condition, same in labels_of.items() if len(same) > 1]
     if merged:
-        examples = "; ".join(merged[:5]) + ("; ..." if len(merged) > 5 else "")
-        print(f"{len(condition_of):,} labels make {len(labels_of):,} conditions: {examples}")
+        print(f"{len(targets_of_label):,} labels make {len(labels_of):,} conditions: {shown(merged, 5)}")
 
-    # Without controls, or with too few cells, there is nothing to compare with
-    if CONTROL not in targets_of:
-        most = sorted(n_cells, key=n_cells.get, reverse=True)
-        sys.exit(f"error: {source}: no control cells ({', '.join(args.control)}); name their label with "
-                 f"--control (most cells are {shown(most, 5)})")
-    few = [condition for condition in targets_of if n_of[condition] < args.min_cells]
-    if CONTROL in few:
-        sys.exit(f"error: {source}: {n_of[CONTROL]:,} control cells, fewer than --min-cells {args.min_cells}")
-    if few and len(few) == len(targets_of) - 1:
-        largest = max(few, key=n_of.get)
-        sys.exit(f"error: {source}: no perturbation has --min-cells {args.min_cells} cells; the largest is "
-                 f"{largest} with {n_of[largest]:,}")
+    n_of = {condition: sum(n_cells[label] for label in same) for condition, same in labels_of.items()}
+    few = [f"{condition} ({n:,})" for condition, n in n_of.items() if n < args.min_cells]
     if few:
-        sizes = [f"{condition} ({n_of[condition]:,})" for condition in few]
-        print(f"--min-cells {args.min_cells}: {len(few):,} conditions left out (their cells): "
-              f"{shown(sizes, 20)}")
+        print(f"left out, with fewer cells than --min-cells {args.min_cells}: {shown(few, 20)}")
+    kept = [condition for condition, n in n_of.items() if n >= args.min_cells]
+    if CONTROL not in kept:
+        most = sorted(n_cells, key=n_cells.get, reverse=True)
+        raise BadCells(f"too few control cells ({', '.join(args.control)}: {n_of.get(CONTROL, 0):,}); name "
+                       f"their label with --control (most cells are {shown(most, 5)})")
+    if kept == [CONTROL]:
+        raise BadCells("control cells only, nothing to train on; 05_eval.py --predict GENE --controls-from "
+                       "FILE.h5ad predicts from them")
 
-    targets_of = {condition: targets for condition, targets in targets_of.items() if condition not in few}
-    row_of = {condition: i for i, condition in enumerate(targets_of)}
-    row_of_label = [row_of.get(condition_of.get(label), -1) for label in labels]
-    row_of_label.append(-1)  # for cells without a label
-    return np.array(list(targets_of), dtype=object), np.array(row_of_label)[label_of_cell], targets_of
+    row_of = {label: row for row, condition in enumerate(kept) for label in labels_of[condition]}
+    row_of_label = [row_of.get(label, -1) for label in labels] + [-1]  # the last: cells without a label
+    targets_of = {condition: targets_of_label[labels_of[condition][0]] for condition in kept}
+    return targets_of, np.array(row_of_label, dtype=np.int32)[label_of_cell]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -348,21 +343,22 @@ def split_from_json(path, targets_of, rules):
     if set(lists) != {"train", "val", "test"}:
         sys.exit(f'error: {path}: expected {{"train": [label, ...], "val": [...], "test": [...]}}')
     split, problems = {}, []
-    for part, label in [(part, label) for part, labels in lists.items() for label in labels]:
-        if label == CONTROL:  # GEARS lists it among the training labels
-            continue
-        condition = find_condition(label, targets_of, rules)
-        if condition is None:
-            near = difflib.get_close_matches(str(label), targets_of, 2)
-            advice = f" (did you mean {' or '.join(near)}?)" if near else ""
-            problems.append(f"{label!r} is no perturbed condition of the data{advice}")
-        elif condition in split:
-            problems.append(f"{label!r} stands twice")
-        else:
-            split[condition] = part
+    for part, labels in lists.items():
+        for label in labels:
+            if label == CONTROL:  # GEARS lists it among the training labels
+                continue
+            condition = find_condition(label, targets_of, rules)
+            if condition is None:
+                near = difflib.get_close_matches(str(label), targets_of, 2)
+                advice = f" (did you mean {' or '.join(near)}?)" if near else ""
+                problems.append(f"{label!r} is no perturbed condition of the data{advice}")
+            elif condition in split:
+                problems.append(f"{label!r} stands twice")
+            else:
+                split[condition] = part
     problems += [f"{condition!r} is missing" for condition in targets_of if condition not in split]
     if problems:
-        sys.exit(f"error: {path}: {len(problems):,} problems: {shown(problems, 10)}")
+        sys.exit(f"error: {path}: {shown(problems, 10)}")
 
     trained = {gene for label, part in split.items() if part == "train" for gene in targets_of[label]}
     subgroup = {}
@@ -375,23 +371,25 @@ def split_from_json(path, targets_of, rules):
     return split, subgroup
 
 
-def make_split(targets_of, args, rules, source):
-    """{condition: train | val | test | ctrl} and {condition: subgroup}, as --split says."""
+def make_split(targets_of, rules, args):
+    """Part (P,; train, val, test or ctrl) and subgroup (P,; or "") of each condition, as --split says.
+
+    targets_of: {condition: [target, ...]} of the P conditions.
+    """
     perturbed = {condition: targets for condition, targets in targets_of.items() if targets}
-    if not perturbed:
-        sys.exit(f"error: {source}: control cells only, nothing to train on; 05_eval.py --predict GENE "
-                 "--controls-from FILE.h5ad predicts from them")
     if args.split == "none":
-        return dict.fromkeys(perturbed, "train") | {CONTROL: "ctrl"}, {}
-    if args.split == "simulation":
+        split, subgroup = dict.fromkeys(perturbed, "train"), {}
+    elif args.split == "simulation":
         split, subgroup = split_conditions(perturbed, args.split_seed)
     else:
         split, subgroup = split_from_json(args.split, perturbed, rules)
     empty = [part for part in ("train", "val", "test") if part not in split.values()]
-    if empty:
-        sys.exit(f"error: {source}: {len(perturbed)} perturbations are too few for the split (none left for "
-                 f"{' and '.join(empty)}): it takes about a dozen; --split none trains on all")
-    return split | {CONTROL: "ctrl"}, subgroup
+    if empty and args.split != "none":
+        raise BadCells(f"too few perturbations ({len(perturbed)}) for the split, none left for "
+                       f"{' and '.join(empty)}: it takes about a dozen; --split none trains on all")
+    parts = [split.get(condition, "ctrl") for condition in targets_of]
+    subgroups = [subgroup.get(condition, "") for condition in targets_of]
+    return np.array(parts, dtype=object), np.array(subgroups, dtype=object)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -448,8 +446,7 @@ def cell_totals(X):
 def normalize(X, scale):
     """log1p of counts times the factor of their cell, scale (cells,): CSR or CSC -> float32."""
     X = X.astype(np.float32)
-    factors = np.repeat(scale, np.diff(X.indptr)) if X.format == "csr" else scale[X.indices]
-    X.data = np.log1p(X.data * factors).astype(np.float32)
+    X.data = np.log1p(X.data * scale[X.tocoo(copy=False).row]).astype(np.float32)
     return X
 
 
@@ -462,29 +459,27 @@ def most_variable(mean, variance, n):
     are all chosen.
     """
     mean = np.where(mean == 0, 1e-12, mean)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        dispersion = np.log(np.where(variance > 0, variance / mean, np.nan))
     log_mean = np.log1p(mean)
     edges = np.linspace(log_mean.min(), log_mean.max(), 21)[1:-1]
     bin_of = np.searchsorted(edges, log_mean)  # a gene on an edge belongs to the bin below
     score = np.full(len(mean), np.nan)
     for b in range(20):
-        genes = np.flatnonzero((bin_of == b) & np.isfinite(dispersion))
-        values = dispersion[genes]
+        genes = np.flatnonzero((bin_of == b) & (variance > 0))
+        dispersion = np.log(variance[genes] / mean[genes])
         if len(genes) == 1:
             score[genes] = 1
-        elif len(genes) and values.std() > 0:
-            score[genes] = (values - values.mean()) / values.std(ddof=1)
+        elif len(genes) and dispersion.std() > 0:
+            score[genes] = (dispersion - dispersion.mean()) / dispersion.std(ddof=1)
     score = np.round(score, 9)  # ties stay ties in whatever order the cells were summed
-    ranked = np.sort(score[np.isfinite(score)])[::-1]
-    return score >= ranked[:n][-1] if len(ranked) else np.zeros(len(mean), dtype=bool)
+    best = -np.sort(-score)[:n]  # NaN, of genes that never vary, comes last
+    return score >= np.fmin.reduce(best)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The demo: a simulated screen
 
-def simulate_demo():
-    """Simulated cells (CSR, 3,564 x 128, log-normalized), genes, and each cell's condition label. SYNTHETIC.
+def simulate_demo(path):
+    """Write simulated cells (3,564 x 128, counts) and their conditions as an AnnData file. SYNTHETIC.
 
     Every gene takes part in one or two of eight processes (stage 01 writes texts that say so). Perturbing a
     gene changes the activity of the other processes through a random signed matrix, and thereby the genes
@@ -517,21 +512,8 @@ def simulate_demo():
         counts.append(rng.poisson(np.exp(log_mean)))
         labels += [label] * n_cells
     X = sparse.csr_matrix(np.concatenate(counts).astype(np.float32))
-    totals = cell_totals(X)
-    return normalize(X, np.median(totals) / totals), genes, labels
-
-
-def read_demo(args):
-    """The demo's cells, in the form of open_h5ad."""
-    print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
-    X, genes, labels = simulate_demo()
-    genes = np.array(genes, dtype=object)
-    labels, label_of_cell = np.unique(labels, return_inverse=True)
-    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, "the demo")
-    kept = cell_condition >= 0
-    X = X[kept]
-    return SimpleNamespace(blocks=lambda: [X], n_values=X.nnz, genes=genes, conditions=conditions,
-                           targets_of=targets_of, cell_condition=cell_condition[kept], rankings=None)
+    made = shared.made_from({"simulated": "demo"}, {})
+    write_h5ad(path, made, X, {"condition": labels}, genes, "SYNTHETIC cells: a simulated screen")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -545,42 +527,45 @@ def open_cells(path, folder, sha256=None):
     """Yield the path of an h5ad file: `path` itself, or what a .gz or a zip holds, in `folder` for as long as
     the block lasts.
 
-    Ends the run where the unpacked file has another SHA-256 than this, or `path` is a file of another kind.
+    Ends the run for a file of another kind, where the unpacked file has another SHA-256 than this, and where
+    the block raises BadCells.
     """
     unpacked = folder / ".unpacked.h5ad"
     try:
         yield path if h5py.is_hdf5(path) else unpack(path, unpacked, sha256)
+    except BadCells as error:
+        sys.exit(f"error: {path}: {error}")
     finally:
         unpacked.unlink(missing_ok=True)
 
 
-def unpack(path, unpacked, sha256=None):
+def unpack(path, unpacked, sha256):
     """Unpack the h5ad in a .gz or a zip to the path `unpacked`, and return that."""
     try:
         with open_packed(path) as source, open(unpacked, "wb") as file:
             print(f"unpacking {path}")
             shutil.copyfileobj(source, file, 2**22)
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
-        sys.exit(f"error: {path}: damaged ({error}); get it again from its source")
+        raise BadCells(f"damaged ({error}); get it again from its source") from None
     if sha256 and shared.checksum(unpacked) != sha256:
-        sys.exit(f"error: {path}: the cells in it are not those expected (SHA-256); delete it and run again")
+        raise BadCells("the cells in it are not those expected (SHA-256); delete it and run again")
     if not h5py.is_hdf5(unpacked):
-        sys.exit(f"error: {path}: {kind_of(unpacked)} in it, {HOW_TO_CONVERT}")
+        raise BadCells(f"{kind_of(unpacked)} in it, {HOW_TO_CONVERT}")
     return unpacked
 
 
 def open_packed(path):
-    """The h5ad in a .gz or a zip, open for reading. Ends the run for other files."""
+    """The h5ad in a .gz or a zip, open for reading."""
     kind = kind_of(path)
     if kind == "a gzipped file":
         return gzip.open(path)
     if kind != "a zip archive":
-        sys.exit(f"error: {path}: {kind}, {HOW_TO_CONVERT}")
+        raise BadCells(f"{kind}, {HOW_TO_CONVERT}")
     archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if name.endswith(".h5ad") and "__MACOSX/" not in name]
     if len(names) != 1:
-        sys.exit(f"error: {path}: {len(names)} .h5ad files in it, expected one (it has "
-                 f"{shown(archive.namelist(), 5) or 'none'})")
+        raise BadCells(f"{len(names)} .h5ad files in it, expected one (it has "
+                       f"{shown(archive.namelist(), 5) or 'none'})")
     return archive.open(names[0])
 
 
@@ -603,16 +588,16 @@ def kind_of(path):
     return kind or ("a binary file" if b"\0" in head else "a text file (csv, tsv?)")
 
 
-def check_is_anndata(file, path):
-    """End the run for an HDF5 file that is not an AnnData file, saying what it is."""
-    tables = [file.get("obs"), file.get("var")]
-    if "mod" not in file and all(isinstance(table, h5py.Group) for table in tables):
+def check_is_anndata(file):
+    """Raise BadCells for an HDF5 file that is not an AnnData file, saying what it is."""
+    has_tables = all(isinstance(file.get(name), h5py.Group) for name in ("obs", "var"))
+    if has_tables and "mod" not in file:
         return
     kinds = {"mod": "a MuData file (h5mu)", "row_attrs": "a loom file", "matrix": "10x Genomics' h5 format",
              "assays": "an h5Seurat file", "obs": "a file of anndata before 0.7"}
     others = f"an HDF5 file with {shown(list(file)) or 'nothing'} in it"
     kind = next((words for key, words in kinds.items() if key in file), others)
-    sys.exit(f"error: {path}: {kind}, {HOW_TO_CONVERT}")
+    raise BadCells(f"{kind}, {HOW_TO_CONVERT}")
 
 
 def read_text(item):
@@ -621,11 +606,10 @@ def read_text(item):
         item = item["values"]
     if h5py.check_string_dtype(item.dtype):
         return item.asstr()[:]
-    distinct, of_value = np.unique(item[:], return_inverse=True)  # few are different
-    return distinct.astype(str).astype(object)[of_value]
+    return item[:].astype(str).astype(object)
 
 
-def read_column(table, name, path):
+def read_column(table, name):
     """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, and code
     -1 a missing value.
 
@@ -633,22 +617,22 @@ def read_column(table, name, path):
     categories and codes), and before 2022 (codes, and a reference to the categories).
     """
     if name not in table:
-        sys.exit(f"error: {path}: {table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
+        raise BadCells(f"{table.name.strip('/')} has no column {name!r}; it has {columns_of(table)}")
     column = table[name]
-    is_old = "categories" in column.attrs
-    if is_old or isinstance(column, h5py.Group) and "codes" in column:
-        categories = read_text(table.file[column.attrs["categories"]] if is_old else column["categories"])
-        codes = (column if is_old else column["codes"])[:].astype(np.int64)
-        if not ((-1 <= codes) & (codes < len(categories))).all():
-            sys.exit(f"error: {path}: {column.name}: codes other than of its {len(categories)} categories")
-        return categories, codes
-    if isinstance(column, h5py.Group):
-        values, is_missing = read_text(column), column["mask"][:]
+    if "categories" in column.attrs:
+        values, codes = table.file[column.attrs["categories"]], column
+    elif isinstance(column, h5py.Group) and "codes" in column:
+        values, codes = column["categories"], column["codes"]
     else:
-        values = read_text(column)
-        is_missing = (values == "nan") & (column.dtype.kind == "f")
-    codes = np.full(len(values), -1)
-    values, codes[~is_missing] = np.unique(values[~is_missing], return_inverse=True)
+        values, codes = np.unique(read_text(column), return_inverse=True)
+        if isinstance(column, h5py.Group):
+            codes[column["mask"][:]] = -1
+        elif column.dtype.kind == "f":
+            codes[np.isnan(column[:])] = -1
+        return values, codes
+    values, codes = read_text(values), codes[:].astype(np.int64)
+    if not ((-1 <= codes) & (codes < len(values))).all():
+        raise BadCells(f"{column.name}: codes outside its {len(values):,} categories")
     return values, codes
 
 
@@ -657,131 +641,145 @@ def columns_of(table):
     return shown(sorted(column for column in table if not column.startswith("_")), 50) or "none"
 
 
-def find_matrix(file, layer, path):
+def find_matrix(file, layer):
     """The expression matrix of an AnnData file that --layer names (None: X), and the table of its genes."""
     place = {None: "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     var = "raw/var" if layer == "raw" else "var"
     for name in (place, var):
         if name not in file:
-            sys.exit(f"error: {path}: no {name} in it{other_layers(file)}")
+            raise BadCells(f"no {name} in it{other_layers(file)}")
     return file[place], file[var]
 
 
 def other_layers(file):
     """What --layer can choose in an AnnData file, as the end of a message."""
-    layers = list(file.get("layers", ())) + (["raw"] if "raw/X" in file and "raw/var" in file else [])
+    layers = list(file.get("layers", ())) + (["raw"] if "raw/X" in file else [])
     return f"; choose another matrix with --layer ({shown(layers, 20)})" if layers else ""
 
 
-def read_genes(var, gene_key, path):
-    """Symbols (G,) and ids (G,) of the genes in an AnnData file's table of genes."""
-    index = var.attrs.get("_index", "index")
-    if gene_key is None:
-        gene_key = "gene_name" if "gene_name" in var else index
-    elif gene_key == "index" and "index" not in var:
-        gene_key = index
-    (symbols, codes), (ids, id_codes) = read_column(var, gene_key, path), read_column(var, index, path)
+def find_genes(file, args):
+    """The symbols (G,) of the genes that the options choose in an AnnData file, and their table."""
+    check_is_anndata(file)
+    _, var = find_matrix(file, args.layer)
+    key = args.gene_key or ("gene_name" if "gene_name" in var else index_of(var))
+    if key == "index" and key not in var:
+        key = index_of(var)
+    symbols, codes = read_column(var, key)
     if (codes < 0).any():
-        sys.exit(f"error: {path}: genes without a name in var/{gene_key}; choose another --gene-key")
-    return symbols[codes], ids[id_codes]
+        raise BadCells(f"genes without a name in var/{key}; choose another --gene-key")
+    if args.upper_case:
+        symbols = np.array([symbol.upper() for symbol in symbols], dtype=object)
+    return symbols[codes], var
 
 
-def read_blocks(X, path, n_cells, n_genes):
-    """Yield the matrix X (cells, genes) of an AnnData file piece by piece: (cells, genes, float32 matrix),
-    `cells` and `genes` being slices of X. Dense and CSR data comes by cells and as CSR, CSC data by genes and
-    as CSC."""
-    if isinstance(X, h5py.Dataset):
-        yield from read_dense_blocks(X, path, n_cells, n_genes)
-        return
-    encoding = X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))
-    matrix = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix}.get(str(encoding).removesuffix("_matrix"))
-    if matrix is None:
-        sys.exit(f"error: {path}: {X.name} is neither dense, CSR nor CSC ({encoding})")
-    by_cells = matrix is sparse.csr_matrix
-    n_rows, n_columns = (n_cells, n_genes) if by_cells else (n_genes, n_cells)
+def index_of(table):
+    """The name of the column of an AnnData table that is its index."""
+    return table.attrs.get("_index", "index")
+
+
+def expression_blocks(path, args, n_cells, n_genes):
+    """Yield the expression matrix of an AnnData file piece by piece: (cells, genes, float32 matrix), `cells`
+    and `genes` being slices. Dense and CSR data comes by cells and as CSR, CSC data by genes and as CSC."""
+    with shared.read_h5(path) as file:
+        X, _ = find_matrix(file, args.layer)
+        read_blocks = read_dense_blocks if isinstance(X, h5py.Dataset) else read_sparse_blocks
+        yield from read_blocks(X, n_cells, n_genes)
+
+
+def read_sparse_blocks(X, n_cells, n_genes):
+    """expression_blocks of a CSR or CSC matrix."""
+    encoding = str(X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))).removesuffix("_matrix")
+    if encoding not in ("csr", "csc"):
+        raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
+    n_rows, n_columns = (n_cells, n_genes) if encoding == "csr" else (n_genes, n_cells)
     indptr = X["indptr"][:].astype(np.int64)
     if len(indptr) != n_rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        sys.exit(f"error: {path}: {X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
+        raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
 
     bounds = [0]  # first row of each block
     while bounds[-1] < n_rows:
         last = np.searchsorted(indptr, indptr[bounds[-1]] + BLOCK, "right") - 1
         bounds.append(max(bounds[-1] + 1, int(last)))
+    data, indices = X["data"].astype(np.float32), X["indices"].astype(np.int32)
     starts = tqdm(bounds[:-1], "reading cells", unit=" blocks", leave=False, disable=None)
     for start, stop in zip(starts, bounds[1:]):
         part = slice(indptr[start], indptr[stop])
-        with np.errstate(over="ignore"):  # what is too large for float32 is not finite
-            values = X["data"][part].astype(np.float32, copy=False)
-        columns = X["indices"][part].astype(np.int32, copy=False)
-        shape = (stop - start, n_columns) if by_cells else (n_columns, stop - start)
         try:
-            block = matrix((values, columns, indptr[start:stop + 1] - indptr[start]), shape=shape)
+            block = sparse.csr_matrix((data[part], indices[part], indptr[start:stop + 1] - indptr[start]),
+                                      shape=(stop - start, n_columns))
             block.check_format()
         except ValueError as error:
-            sys.exit(f"error: {path}: {X.name} is damaged, or of another shape ({error})")
+            raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
         block.sum_duplicates()
         block.eliminate_zeros()
         rows = slice(start, stop)
-        yield (rows, slice(None), block) if by_cells else (slice(None), rows, block)
+        yield (rows, slice(None), block) if encoding == "csr" else (slice(None), rows, block.T)
 
 
-def read_dense_blocks(X, path, n_cells, n_genes):
-    """read_blocks of a dense matrix."""
+def read_dense_blocks(X, n_cells, n_genes):
+    """expression_blocks of a dense matrix."""
     if X.shape != (n_cells, n_genes):
-        sys.exit(f"error: {path}: {X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
+        raise BadCells(f"{X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
     step = max(1, BLOCK // n_genes)
     if X.chunks:  # whole chunks, or each is unpacked again and again
         step = -(-step // X.chunks[0]) * X.chunks[0]
     for start in tqdm(range(0, n_cells, step), "reading cells", unit=" blocks", leave=False, disable=None):
-        cells = slice(start, min(start + step, n_cells))
-        yield cells, slice(None), sparse.csr_matrix(X[cells].astype(np.float32, copy=False))
+        cells = slice(start, start + step)
+        yield cells, slice(None), sparse.csr_matrix(X.astype(np.float32)[cells])
 
 
-def scan_expression(blocks, is_wanted, n_genes, args, source, layers):
-    """Check an expression matrix. Returns a function that yields its log_blocks; which cells are kept
-    (cells,): wanted ones with any expression; each gene's number of nonzero values in them (G,); whether it
-    holds counts, which --normalize turns into logarithms.
+def scan_expression(path, args, is_wanted, n_genes):
+    """Check the expression matrix of an AnnData file. Returns a function that yields its log_blocks; which
+    cells are kept (cells,): wanted ones with any expression; each gene's number of nonzero values in them
+    (G,); whether it holds counts, which --normalize turns into logarithms.
 
-    blocks() yields the matrix as read_blocks does; is_wanted (cells,) bool; layers: what the file has
-    besides, for the message. Ends the run for values that are neither logarithms nor counts.
+    is_wanted (cells,) bool. Raises BadCells for values that are neither logarithms nor, with --normalize,
+    counts.
     """
+    blocks = functools.partial(expression_blocks, path, args, len(is_wanted), n_genes)
     totals, n_values = np.zeros(len(is_wanted)), np.zeros(n_genes, dtype=np.int64)
-    is_counts, largest, smallest = True, 0, 0
+    is_finite, is_whole, largest, smallest = True, True, 0, 0
     for cells, genes, X in blocks():
-        if not np.isfinite(X.data).all():
-            sys.exit(f"error: {source}: NaN or infinite values in the expression matrix{layers}")
+        is_finite = np.isfinite(X.data).all()
+        if not is_finite:
+            break
         smallest = min(smallest, X.data.min(initial=0))
         largest = max(largest, X.data.max(initial=0))
-        is_counts = is_counts and (X.data == np.round(X.data)).all()
+        is_whole = is_whole and (X.data == np.round(X.data)).all()
         totals[cells] += cell_totals(X)
         n_values[genes] += X[is_wanted[cells]].getnnz(axis=0)
-    if largest == smallest == 0:
-        sys.exit(f"error: {source}: nothing but zeros in the expression matrix{layers}")
-    if args.normalize and not is_counts and largest > LARGEST_LOG and smallest >= 0:
-        print("the values are not whole numbers (corrected counts?): normalized like counts")
-        is_counts = True
 
-    if smallest < 0:
-        sys.exit(f"error: {source}: negative values, as in scaled data; expected log-normalized ones{layers}")
-    if is_counts and not args.normalize:
-        sys.exit(f"error: {source}: raw counts; add --normalize to scale and log-transform them{layers}")
-    if not is_counts and largest > LARGEST_LOG:
-        sys.exit(f"error: {source}: values up to {largest:,.0f} are neither logarithms nor counts; "
-                 f"--normalize scales and log-transforms them{layers}")
+    is_counts = is_whole or largest > LARGEST_LOG
+    problem = None
+    if not is_finite:
+        problem = "NaN or infinite values in the expression matrix"
+    elif largest == smallest == 0:
+        problem = "nothing but zeros in the expression matrix"
+    elif smallest < 0:
+        problem = "negative values, as in scaled data; expected log-normalized ones"
+    elif is_counts and not args.normalize:
+        problem = (f"counts, not logarithms (values up to {largest:,.0f}); add --normalize to scale and "
+                   "log-transform them")
+    if problem:
+        with shared.read_h5(path) as file:
+            raise BadCells(problem + other_layers(file))
+
     if args.normalize and not is_counts:
         print("the values are not counts but normalized already: --normalize left them alone")
+    if is_counts and not is_whole:
+        print("the values are not whole numbers (corrected counts?): normalized like counts")
     filled = totals[totals > 0]
     has_same_sums = len(filled) > 1 and np.ptp(filled) < 1e-3 * filled.mean()
     if not is_counts and (largest > USUAL_LOG or has_same_sums):
-        sign = "all cells have the same sum" if has_same_sums else f"values up to {largest:.1f}"
-        print(f"warning: {source}: {sign}; normalized, but not log-transformed?", file=sys.stderr)
+        sign = "all cells have the same sum" if has_same_sums else f"there are values up to {largest:.1f}"
+        print(f"warning: {sign}: normalized, but not log-transformed?", file=sys.stderr)
     kept = is_wanted & (totals > 0)
     scale = np.median(totals[kept]) / np.maximum(totals, 1) if is_counts else None
     return functools.partial(log_blocks, blocks, kept, scale), kept, n_values, is_counts
 
 
 def log_blocks(blocks, kept, scale):
-    """Yield (genes, matrix) for each block of blocks() (see read_blocks): the kept cells (cells,),
+    """Yield (genes, matrix) for each of the expression_blocks of blocks(): the kept cells (cells,),
     log-normalized. scale (cells,) normalizes counts; None leaves values as they are."""
     for cells, genes, X in blocks():
         X = normalize(X, scale[cells]) if scale is not None else X
@@ -805,7 +803,7 @@ def choose_variable(logs, is_target, n_cells, n_wanted):
 
 
 def csr_blocks(logs, chosen):
-    """The chosen genes (G,) bool of log_blocks' `logs`, as CSR matrices of some cells each. CSC,
+    """Yield the chosen genes (G,) bool of log_blocks' `logs` as CSR matrices of some cells each. CSC data,
     stored by gene, is collected in memory and comes as one."""
     by_genes = []
     for genes, X in logs:
@@ -820,17 +818,18 @@ def csr_blocks(logs, chosen):
         yield whole.tocsr()
 
 
-def read_rankings(file, path, conditions, cell_condition, gene_ids):
-    """The file's own rankings of differentially expressed genes (GEARS' layout) as the first 20 rows of
-    gene_ids (P, 20), -1 for control; None unless it ranks the genes of every condition.
+def read_rankings(file, conditions, cell_condition, chosen):
+    """The file's own rankings of differentially expressed genes (GEARS' layout), the first 20 as rows of the
+    chosen genes (P, 20), -1 for control; None unless it ranks the genes of every condition.
     """
     rankings = file.get("uns/rank_genes_groups_cov_all")
     if rankings is None or "condition_name" not in file["obs"]:
         return None
-    names, codes = read_column(file["obs"], "condition_name", path)
+    names, codes = read_column(file["obs"], "condition_name")
     name_of = dict(zip(cell_condition, names[codes]))  # its row: the name of its ranking
+    gene_ids = read_text(file["var"][index_of(file["var"])])[chosen]
     row_of = {gene_id: i for i, gene_id in enumerate(gene_ids)}
-    order = np.full((len(conditions), N_TOP), -1)
+    order = np.full((len(conditions), N_TOP), -1, dtype=np.int32)
     for i, condition in enumerate(conditions):
         if condition == CONTROL:
             continue
@@ -844,54 +843,33 @@ def read_rankings(file, path, conditions, cell_condition, gene_ids):
     return order
 
 
-def find_expression(file, args, source):
-    """The table of genes that the options choose in an AnnData file, and their symbols and ids (G,)."""
-    check_is_anndata(file, source)
-    _, var = find_matrix(file, args.layer, source)
-    genes, gene_ids = read_genes(var, args.gene_key, source)
-    if args.upper_case:
-        genes = np.array([gene.upper() for gene in genes], dtype=object)
-    return var, genes, gene_ids
-
-
-def expression_blocks(path, args, source, n_cells, n_genes):
-    """Yield the expression matrix of an AnnData file piece by piece, as read_blocks."""
-    with shared.read_h5(path) as file:
-        matrix, _ = find_matrix(file, args.layer, source)
-        yield from read_blocks(matrix, source, n_cells, n_genes)
-
-
-def open_h5ad(path, args, source, vocab_path=None):
+def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
-    cells and genes kept, CSR matrices of some cells each (float32), and the number of values in them,
-    n_values; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, and the
-    file's rankings (P, 20) or None.
+    cells and genes kept, CSR matrices of some cells each (float32), and n_values, the number of values in
+    them; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the rules of
+    the labels, and the file's rankings (P, 20) or None.
 
-    source: what messages call the file; vocab_path: where scGPT's vocabulary goes if it is not there
+    vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
     with shared.read_h5(path) as file:
-        var, genes, gene_ids = find_expression(file, args, source)
-        n_ids = sum(re.match(r"ENS[A-Z]*G\d{11}", gene) is not None for gene in genes)
-        if n_ids > len(genes) / 2 and vocab_path:
-            sys.exit(f"error: {source}: the genes are Ensembl ids ({genes[0]}), the vocabulary has symbols; "
-                     f"choose their column with --gene-key ({columns_of(var)})")
-        labels, label_of_cell = read_column(file["obs"], args.condition_key, source)
-        layers = other_layers(file)
-    conditions, cell_condition, targets_of = choose_conditions(labels, label_of_cell, genes, args, source)
-    if vocab_path:  # not before labels and genes have been found to be in order
-        shared.download(shared.VOCAB, vocab_path)
+        genes, var = find_genes(file, args)
+        if vocab:
+            check_known(genes, vocab, columns_of(var))
+        labels, label_of_cell = read_column(file["obs"], args.condition_key)
+    rules = make_rules(args, genes)
+    targets_of, cell_condition = choose_conditions(labels, label_of_cell, rules, args)
+    conditions = np.array(list(targets_of), dtype=object)
 
     # Cells
-    raw = functools.partial(expression_blocks, path, args, source, len(label_of_cell), len(genes))
     is_wanted = cell_condition >= 0
-    logs, kept, n_values, is_counts = scan_expression(raw, is_wanted, len(genes), args, source, layers)
+    logs, kept, n_values, is_counts = scan_expression(path, args, is_wanted, len(genes))
     n_empty = (is_wanted & ~kept).sum()
     if n_empty:
-        print(f"{n_empty:,} cells without any expression: left out")
+        print(f"left out, without any expression: {n_empty:,} of {len(kept):,} cells")
     n_cells = np.bincount(cell_condition[kept], minlength=len(conditions))
     if not n_cells.all():
-        sys.exit(f"error: {source}: no cell with any expression in {shown(conditions[n_cells == 0])}; "
-                 "leave those out with --drop")
+        raise BadCells(f"no cell with any expression in {shown(conditions[n_cells == 0])}; leave those out "
+                       "with --drop")
 
     # Genes
     chosen = np.ones(len(genes), dtype=bool)
@@ -901,23 +879,20 @@ def open_h5ad(path, args, source, vocab_path=None):
     rankings = None
     if not is_counts and kept.all() and args.layer is None:
         with shared.read_h5(path) as file:
-            rankings = read_rankings(file, source, conditions, cell_condition, gene_ids[chosen])
+            rankings = read_rankings(file, conditions, cell_condition, chosen)
     return SimpleNamespace(
         blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
-        genes=genes[chosen], conditions=conditions, targets_of=targets_of,
-        cell_condition=cell_condition[kept], rankings=rankings)
+        genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
+        targets_of=targets_of, rules=rules, rankings=rankings)
 
 
-def read_cells(path, args, source):
+def read_cells(path, args):
     """All cells of an AnnData file that have any expression, whatever their labels: X (cells, G) CSR float32,
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
-        _, genes, _ = find_expression(file, args, source)
-        n_cells = len(file["obs"][file["obs"].attrs.get("_index", "index")])
-        layers = other_layers(file)
-    raw = functools.partial(expression_blocks, path, args, source, n_cells, len(genes))
-    everyone = np.ones(n_cells, dtype=bool)
-    logs, *_ = scan_expression(raw, everyone, len(genes), args, source, layers)
+        genes, _ = find_genes(file, args)
+        n_cells = len(read_text(file["obs"][index_of(file["obs"])]))
+    logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
     blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
     return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
 
@@ -936,6 +911,7 @@ def write_h5ad(path, made, X, obs, genes, description, control=None):
     if len(set(index)) < len(index):
         index = [f"{condition} {row}" for row, condition in enumerate(index)]
     about = {"description": description, "control": CONTROL, **shared.provenance(made)}
+    del about["format_version"]
     with shared.write_h5(path, made) as file:
         mark(file, "anndata", "0.1.0")
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
@@ -946,8 +922,8 @@ def write_h5ad(path, made, X, obs, genes, description, control=None):
             write_rows(file, X, (len(index), len(genes)), control)
         write_table(file, "obs", index, obs)
         write_table(file, "var", genes, {"gene_name": genes})
-        for name in ("description", "control", "command", "date", "versions", "made_from"):
-            file["uns"].create_dataset(name, data=about[name], dtype=h5py.string_dtype())
+        for name, text in about.items():
+            file["uns"][name] = text
             mark(file["uns"][name], "string")
 
 
@@ -1007,36 +983,32 @@ def write_table(file, name, index, columns):
 # ----------------------------------------------------------------------------------------------------------
 # dataset.h5
 
-def number_genes(cells, vocab, source):
-    """Give the genes of the dataset their numbers, as a namespace: names (G,), token_ids (G,), measured (G,)
-    bool, targets (P, K) as positions among them (-1: none), n_tokens and pad_id of the vocabulary.
+def number_genes(data, vocab):
+    """Add to open_h5ad's namespace the numbers of its genes: genes (G,), measured (G,) bool, token_ids (G,),
+    n_tokens and pad_id of the vocabulary, targets (P, K), rows of genes (-1: none).
 
     Targets that the data does not measure join at the end. vocab: {symbol: row} of scGPT's vocabulary, or
     None: every gene is a token of its own.
     """
-    n_measured = len(cells.genes)
-    unmeasured = sorted(set().union(*cells.targets_of.values()) - set(cells.genes))
-    symbols = np.concatenate([cells.genes, np.array(unmeasured, dtype=object)])
+    unmeasured = sorted(set().union(*data.targets_of.values()) - set(data.genes))
+    symbols = np.concatenate([data.genes, np.array(unmeasured, dtype=object)])
+    n_genes = len(symbols)
+    data.measured = np.arange(n_genes) < len(data.genes)
     if vocab is None:
-        token_ids, n_tokens, pad_id = np.arange(len(symbols)), len(symbols) + 1, len(symbols)
+        token_ids, data.n_tokens, data.pad_id = range(n_genes), n_genes + 1, n_genes
     else:
-        n_tokens, pad_id = len(vocab), vocab["<pad>"]
-        token_ids = np.array([vocab.get(gene, pad_id) for gene in symbols])
-        check_known(cells.genes, vocab, source)
-    names = unique_names(symbols)
-    if (names != symbols).any():
-        print(f"symbols of two genes: the second is {shown(names[names != symbols])}; perturbations flag the "
-              "first")
+        data.n_tokens, data.pad_id = len(vocab), vocab["<pad>"]
+        token_ids = [vocab.get(gene, data.pad_id) for gene in symbols]
+    data.token_ids = np.array(token_ids, dtype=np.int32)
+    data.genes = unique_names(symbols)
+    renamed = data.genes[data.genes != symbols]
+    if len(renamed):
+        print(f"symbols of two genes: the second is {shown(renamed)}; perturbations flag the first")
 
-    position = {gene: i for i, gene in enumerate(names)}
-    n_targets = max(map(len, cells.targets_of.values()))
-    targets = np.full((len(cells.conditions), max(1, n_targets)), -1, dtype=np.int32)
-    for row, condition in enumerate(cells.conditions):
-        for column, gene in enumerate(cells.targets_of[condition]):
-            targets[row, column] = position[gene]
-    is_measured = np.arange(len(names)) < n_measured
-    return SimpleNamespace(names=names, token_ids=token_ids, measured=is_measured, targets=targets,
-                           n_tokens=n_tokens, pad_id=pad_id, unmeasured=unmeasured)
+    row_of = {gene: row for row, gene in enumerate(data.genes)}
+    rows = [[row_of[target] for target in targets] for targets in data.targets_of.values()]
+    columns = itertools.zip_longest(*rows, fillvalue=-1)
+    data.targets = np.array(list(columns), dtype=np.int32).T
 
 
 def unique_names(symbols):
@@ -1050,44 +1022,45 @@ def unique_names(symbols):
     return names
 
 
-def check_known(genes, vocab, source):
-    """End the run if no measured gene is in the vocabulary; warn if it is less than half of them."""
+def check_known(genes, vocab, columns):
+    """Warn if less than half of the genes are in the vocabulary; raise BadCells if none is.
+
+    columns: where else in the file symbols may be
+    """
     n_known = sum(gene in vocab for gene in genes)
-    n_in_capitals = sum(gene.upper() in vocab for gene in genes)
     if n_known >= len(genes) / 2:
         return
-    is_mouse = n_in_capitals > 2 * n_known
-    cause = "mouse symbols? --upper-case" if is_mouse else "old symbols, or ids? --gene-key"
+    is_mouse = sum(gene.upper() in vocab for gene in genes) > 2 * n_known
+    cause = "mouse symbols? --upper-case" if is_mouse else f"old symbols, or ids? --gene-key ({columns})"
     found = f"{n_known:,} of {len(genes):,} genes ({shown(genes, 2)}) are in the vocabulary: {cause}"
     if not n_known:
-        sys.exit(f"error: {source}: {found}")
+        raise BadCells(found)
     print(f"warning: only {found}", file=sys.stderr)
 
 
-def write_dataset(path, made, attributes, cells, genes, split, subgroup):
+# What dataset.h5 has besides X and attributes
+ARRAYS = ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx")
+TEXTS = ("genes", "conditions", "split", "subgroup")
+
+
+def write_dataset(path, made, attributes, data):
     """Write dataset.h5, with each condition's mean and ranking of genes; load_dataset reads it."""
     with shared.write_h5(path, made) as file:
         file.attrs.update(attributes)
-        shared.write_strings(file, "genes", genes.names)
-        shared.write_strings(file, "conditions", cells.conditions)
-        shared.write_strings(file, "split", [split[condition] for condition in cells.conditions])
-        shared.write_strings(file, "subgroup", [subgroup.get(name, "") for name in cells.conditions])
-        file["token_ids"] = genes.token_ids.astype(np.int32)
-        file["measured"] = genes.measured
-        file["cell_condition"] = cells.cell_condition.astype(np.int32)
-        file["targets"] = genes.targets
-
         # X goes from file to file in pieces, and the means are added up on the way
-        n_conditions, n_genes = len(cells.conditions), len(genes.names)
-        blocks = write_blocks(file, "X", cells.blocks(), cells.n_values, (len(cells.cell_condition), n_genes))
-        mean, variance = moments(blocks, cells.cell_condition, n_conditions, n_genes)
-        file["mean"] = mean.astype(np.float32)
-        if cells.rankings is None:
-            n_cells = np.bincount(cells.cell_condition)
-            ctrl = list(cells.conditions).index(CONTROL)
-            file["de_idx"] = rank_de(mean, variance, n_cells, ctrl, genes.measured.sum())
-        else:
-            file["de_idx"] = cells.rankings.astype(np.int32)
+        shape = len(data.cell_condition), len(data.genes)
+        blocks = write_blocks(file, "X", data.blocks(), data.n_values, shape)
+        mean, variance = moments(blocks, data.cell_condition, len(data.conditions), len(data.genes))
+        de_idx = data.rankings
+        if de_idx is None:
+            n_cells = np.bincount(data.cell_condition)
+            ctrl = list(data.conditions).index(CONTROL)
+            de_idx = rank_de(mean, variance, n_cells, ctrl, data.measured.sum())
+        fields = vars(data) | {"mean": mean.astype(np.float32), "de_idx": de_idx}
+        for name in ARRAYS:
+            file[name] = fields[name]
+        for name in TEXTS:
+            shared.write_strings(file, name, fields[name])
 
 
 class ExpressionMatrix:
@@ -1096,10 +1069,10 @@ class ExpressionMatrix:
 
     The file is mapped into memory: what was read lately is there for as long as no program needs the space.
     """
-    def __init__(self, group, n_genes):
+    def __init__(self, group):
         self.indptr = group["indptr"][:].astype(np.int64)
         self.data, self.indices = map_into_memory(group["data"]), map_into_memory(group["indices"])
-        self.shape = len(self.indptr) - 1, n_genes
+        self.shape = tuple(group.attrs["shape"])
 
     def __getitem__(self, cells):
         starts = self.indptr[cells]
@@ -1121,60 +1094,58 @@ def load_dataset(path, made_by):
     indices of the control cells."""
     data = SimpleNamespace()
     with shared.read_h5(path, made_by) as file:
-        for name in ("token_ids", "measured", "cell_condition", "targets", "mean", "de_idx"):
+        for name in ARRAYS:
             setattr(data, name, file[name][:])
-        for name in ("genes", "conditions", "split", "subgroup"):
+        for name in TEXTS:
             setattr(data, name, file[name].asstr()[:])
         data.synthetic, data.vocab = bool(file.attrs["synthetic"]), str(file.attrs["vocab"])
         data.n_tokens, data.pad_id = int(file.attrs["n_tokens"]), int(file.attrs["pad_id"])
-        data.X = ExpressionMatrix(file["X"], len(data.genes))
+        data.X = ExpressionMatrix(file["X"])
     data.ctrl_cells = np.flatnonzero(data.split[data.cell_condition] == "ctrl")
     return data
 
 
-def print_summary(args, cells, genes, split, subgroup, vocab):
+def print_summary(data, vocab, args):
     """Print what is in the dataset, and what the user should know of it."""
-    n_cells, n_measured = len(cells.cell_condition), genes.measured.sum()
-    n_control = (cells.conditions[cells.cell_condition] == CONTROL).sum()
-    targets = sorted(set().union(*cells.targets_of.values()))
-    print(f"{n_cells:,} cells ({n_control:,} control), {n_measured:,} genes, {len(cells.conditions) - 1:,} "
-          f"perturbations of {len(targets):,} targets")
-    print(f"{len(targets) - len(genes.unmeasured):,} of {len(targets):,} targets are measured")
-    if genes.unmeasured:
-        print(f"{len(genes.unmeasured):,} targets join as unmeasured genes: {shown(genes.unmeasured)}")
-    if vocab is not None:
-        n_known = (genes.token_ids[genes.measured] != genes.pad_id).sum()
+    n_control = (data.split[data.cell_condition] == "ctrl").sum()
+    n_measured, unmeasured = data.measured.sum(), data.genes[~data.measured]
+    targets = sorted(set().union(*data.targets_of.values()))
+    print(f"{len(data.cell_condition):,} cells ({n_control:,} control), {n_measured:,} genes, "
+          f"{len(data.conditions) - 1:,} perturbations of {len(targets):,} targets")
+    print(f"{len(targets) - len(unmeasured):,} of {len(targets):,} targets are measured"
+          + (f"; added as unmeasured genes: {shown(unmeasured)}" if len(unmeasured) else ""))
+    if vocab:
+        n_known = (data.token_ids[data.measured] != data.pad_id).sum()
         print(f"{n_known:,} of {n_measured:,} genes are in the vocabulary")
         unknown = [target for target in targets if target not in vocab]
         if unknown:
-            print(f"{len(unknown):,} targets are not in it; without a text, the model cannot tell them "
-                  f"apart: {shown(unknown)}")
-    print_text_coverage(args, genes.names, targets)
+            print(f"targets that are not in it ({len(unknown):,}), which the model cannot tell apart without "
+                  f"texts: {shown(unknown)}")
+    print_text_coverage(data.genes, targets, args)
     for part in ("train", "val", "test"):
-        groups = [subgroup.get(condition, "") for condition in split if split[condition] == part]
+        groups = list(data.subgroup[data.split == part])
         if groups:
             kinds = [f", {groups.count(group)} {group}" for group in sorted(set(groups)) if group]
             print(f"{part}: {len(groups)} conditions{''.join(kinds)}")
-    how = "computed (t-test against control)" if cells.rankings is None else "the file's own rankings"
+    how = "computed (t-test against control)" if data.rankings is None else "the file's own rankings"
     print(f"top {N_TOP} differentially expressed genes: {how}")
-    warn_of_targets(genes, targets, args)
+    warn_of_targets(data.genes[data.measured], unmeasured, targets, args)
 
 
-def warn_of_targets(genes, targets, args):
+def warn_of_targets(measured, unmeasured, targets, args):
     """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
-    measured = set(genes.names[genes.measured])
-    ends_of_name = ("[^A-Za-z0-9.]", "[^A-Za-z0-9.-]")  # a hyphen may belong to it: HLA-A
-    odd = [target for target in genes.unmeasured
-           if any(re.split(end, target)[0] in measured for end in ends_of_name)]
+    symbols = set(measured)
+    odd = [target for target in unmeasured
+           if any(target[:end.start()] in symbols for end in re.finditer("[^A-Za-z0-9.]", target))]
     if odd:
-        print(f"warning: {len(odd):,} targets are not genes, but begin with one ({shown(odd, 3)}): pairs "
-              f"(--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
-    elif len(genes.unmeasured) == len(targets):
-        print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(sorted(measured), 3)}); "
-              "are those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
+        print(f"warning: targets that are not genes but begin with one ({len(odd):,}): {shown(odd, 3)}; "
+              f"pairs (--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
+    elif len(unmeasured) == len(targets):
+        print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(measured, 3)}); are "
+              "those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
 
 
-def print_text_coverage(args, genes, targets):
+def print_text_coverage(genes, targets, args):
     """Print how many of the genes and of the targets each source of stage 01 has a text for."""
     path = args.root / "data" / shared.space_of(args.dataset) / "annotations.h5"
     if not path.exists():
@@ -1235,7 +1206,7 @@ def expression_options(parser):
 def check_arguments(args):
     """End the run for impossible options."""
     if shared.space_of(args.dataset) == "demo":
-        args.vocab = "none"
+        args.vocab, args.normalize = "none", True
         if args.h5ad:
             sys.exit("error: --h5ad needs a name of its own: --dataset NAME")
     elif not args.h5ad and args.dataset not in DATASETS:
@@ -1251,10 +1222,10 @@ def check_arguments(args):
     if not args.separator:
         sys.exit("error: --separator '': expected what separates targets, as + or _")
     try:
-        has_group = re.compile(args.target_regex or "()").groups > 0
+        n_groups = re.compile(args.target_regex or "()").groups
     except re.error:
-        has_group = False
-    if not has_group:
+        n_groups = 0
+    if not n_groups:
         sys.exit(f"error: --target-regex {args.target_regex!r}: expected a regular expression with the "
                  "target in parentheses, as '(.+)_g[0-9]+'")
 
@@ -1269,13 +1240,11 @@ def read_vocab(path):
 
 def dataset_made_from(args, source, vocab_path):
     """`made_from` of dataset.h5: the options and files that decide it."""
-    names = ("condition_key", "control", "drop", "separator", "target_regex", "min_cells", "gene_key",
-             "upper_case", "layer", "normalize", "n_genes", "split_seed")
-    options = {name: getattr(args, name) for name in names}
-    options["split"] = args.split if args.split in ("simulation", "none") else "file"
+    others = ("dataset", "root", "force", "h5ad", "vocab")
+    options = {name: value for name, value in vars(args).items() if name not in others}
     files = {"cells": source, "vocabulary": vocab_path}
-    if options["split"] == "file":
-        files["split"] = Path(args.split)
+    if args.split not in ("simulation", "none"):
+        options["split"], files["split"] = "file", Path(args.split)
     return shared.made_from(options, {name: shared.fingerprint(file) for name, file in files.items() if file})
 
 
@@ -1295,30 +1264,32 @@ def main():
     path = folder / "dataset.h5"
     folder.mkdir(parents=True, exist_ok=True)
     source, sha256 = args.h5ad, None
-    if not source and args.dataset in DATASETS:
+    if args.dataset == "demo":
+        print("SYNTHETIC cells: a simulated screen to try the kit with, which says nothing about biology")
+        source = folder / "cells.h5ad"
+        if not source.exists():
+            simulate_demo(source)
+    elif not source:
         url, n_bytes, sha256 = DATASETS[args.dataset]
         source = shared.download(url, folder / f"{args.dataset}.zip", size=n_bytes)
-    vocab_path = None
+    vocab_path, vocab, vocab_name = None, None, "own genes"
     if args.vocab != "none":
-        vocab_path = Path(args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json")
-    has_inputs = vocab_path is None or vocab_path.exists()
-    if has_inputs and shared.is_current(path, dataset_made_from(args, source, vocab_path), args.force):
+        vocab_path = args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json"
+        vocab = read_vocab(shared.download(shared.VOCAB, vocab_path))
+        vocab_name = shared.fingerprint(vocab_path)
+    made = dataset_made_from(args, source, vocab_path)
+    if shared.is_current(path, made, args.force):
         print(f"next: {next_command(args)}")
         return
 
-    with open_cells(source, folder, sha256) if source else contextlib.nullcontext() as h5ad:
-        cells = open_h5ad(h5ad, args, source, vocab_path) if source else read_demo(args)
-        vocab = read_vocab(vocab_path) if vocab_path else None
-        genes = number_genes(cells, vocab, source)
-        rules = make_rules(args, cells.genes)
-        split, subgroup = make_split(cells.targets_of, args, rules, source or "the demo")
-
-        vocab_name = shared.fingerprint(vocab_path) if vocab_path else "own genes"
-        attributes = {"dataset": args.dataset, "synthetic": source is None, "vocab": vocab_name,
-                      "n_tokens": genes.n_tokens, "pad_id": genes.pad_id}
-        made = dataset_made_from(args, source, vocab_path)
-        write_dataset(path, made, attributes, cells, genes, split, subgroup)
-    print_summary(args, cells, genes, split, subgroup, vocab)
+    with open_cells(source, folder, sha256) as h5ad:
+        data = open_h5ad(h5ad, args, vocab)
+        number_genes(data, vocab)
+        data.split, data.subgroup = make_split(data.targets_of, data.rules, args)
+        attributes = {"dataset": args.dataset, "synthetic": args.dataset == "demo", "vocab": vocab_name,
+                      "n_tokens": data.n_tokens, "pad_id": data.pad_id}
+        write_dataset(path, made, attributes, data)
+    print_summary(data, vocab, args)
     print(f"wrote {path}\nnext: {next_command(args)}")
 
 

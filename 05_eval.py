@@ -467,14 +467,14 @@ def read_external(item, data, test, args):
     shared.check_name(name, "--external")
     with prepare.open_cells(Path(path), args.root / "data" / args.dataset) as h5ad:
         with shared.read_h5(h5ad) as file:
-            _, genes, _ = prepare.find_expression(file, args, path)
-            labels, label_of_cell = prepare.read_column(file["obs"], "condition", path)
+            genes, _ = prepare.find_genes(file, args)
+            labels, label_of_cell = prepare.read_column(file["obs"], "condition")
         column = {gene: i for i, gene in enumerate(prepare.unique_names(genes))}
         missing = [gene for gene in test.genes if gene not in column]
         if missing:
             sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: "
                      f"{shown(missing, 3)}; it has {shown(genes, 3)}")
-        blocks = prepare.expression_blocks(h5ad, args, path, len(label_of_cell), len(genes))
+        blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
         means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
 
     mean_of, notations = {}, label_notations(set(data.genes), args)
@@ -494,7 +494,7 @@ def read_external(item, data, test, args):
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from read_blocks' blocks;
+    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks;
     and whether all values are whole numbers."""
     cells = np.flatnonzero(label_of_cell >= 0)
     is_of_label = sparse.csc_matrix((np.ones(len(cells)), (label_of_cell[cells], cells)),
@@ -1087,7 +1087,7 @@ def read_own_cells(path, args, data):
     Cells on another scale than the dataset's, by the totals over the genes in common, are brought to it.
     """
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
-        X, genes = prepare.read_cells(h5ad, args, path)
+        X, genes = prepare.read_cells(h5ad, args)
     column_of = {gene: column for column, gene in enumerate(genes)}
     columns = np.array([column_of.get(gene, -1) for gene in data.genes])
     in_common = data.measured & (columns >= 0)

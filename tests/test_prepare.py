@@ -109,7 +109,7 @@ def test_a_split_of_the_users_names_its_subgroups(prepare, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "not a JSON file"), ('{"train": []}', "expected"),
-    ('{"train": ["A+ctrl", "Z+ctrl", 7], "val": ["A"], "test": []}', "4 problems: 'Z\\+ctrl' is no perturbed condition of the data .did you mean .*A\\+ctrl.*, "
+    ('{"train": ["A+ctrl", "Z+ctrl", 7], "val": ["A"], "test": []}', "split.json: 'Z\\+ctrl' is no perturbed condition of the data .did you mean .*A\\+ctrl.*, "
      "7 is no .*'A' stands twice, 'B\\+ctrl' is missing")])
 def test_a_bad_split_file_is_an_error_that_names_all_that_is_wrong(prepare, tmp_path, content, message):
     path = tmp_path / "split.json"
@@ -238,7 +238,7 @@ def test_every_array_of_dataset_h5_is_what_the_design_says(tmp_path):
         assert [data["genes"][t] for t in data["targets"][c] if t >= 0] == of_label and data["targets"].shape[1] == 2
         np.testing.assert_allclose(data["mean"][c, :30], dense[np.array(LABELS) == label].mean(0), rtol=1e-5)
         assert (data["split"][c] == "ctrl") == (label == "ctrl") and (data["subgroup"][c] == "") == (data["split"][c] in ("ctrl", "train"))
-    assert "10 of 11 targets are measured" in done.stdout and "1 targets join as unmeasured genes: UNMEASURED" in done.stdout
+    assert "10 of 11 targets are measured" in done.stdout and "; added as unmeasured genes: UNMEASURED" in done.stdout
 
 
 def test_rankings_of_the_file_are_taken_by_gene_id_and_computed_without_them(tmp_path):
@@ -288,7 +288,8 @@ def test_unpacked_cells_of_another_checksum_than_known_are_refused(prepare, tmp_
     with prepare.open_cells(tmp_path / "gears.zip", tmp_path, hashlib.sha256(content).hexdigest()) as unpacked:
         assert unpacked.read_bytes() == content
     with pytest.raises(SystemExit, match="gears.zip: the cells in it are not those expected"):
-        prepare.unpack(tmp_path / "gears.zip", unpacked, "0" * 64)
+        with prepare.open_cells(tmp_path / "gears.zip", tmp_path, "0" * 64):
+            pass
 
 
 def test_the_dense_counts_layer_is_never_read(tmp_path):
@@ -341,7 +342,7 @@ BAD_INPUT = {
     "no AnnData file": (lambda f: f.pop("obs"), [], "an HDF5 file with X, uns, var in it, not an AnnData file"),
     "no condition column": (lambda f: None, ["--condition-key", "guide"], "obs has no column 'guide'; it has condition, condition_name"),
     "no such gene column": (lambda f: None, ["--gene-key", "symbol"], "var has no column 'symbol'; it has gene_name"),
-    "no such control": (lambda f: f["obs/__categories/condition"].__setitem__(slice(-1, None), "GENE8+GENE9"), ["--control", "NT"], "no control cells (NT)"),
+    "no such control": (lambda f: f["obs/__categories/condition"].__setitem__(slice(-1, None), "GENE8+GENE9"), ["--control", "NT"], "too few control cells (NT: 0)"),
     "no such layer": (lambda f: f["X"].copy(f["X"], f.create_group("layers"), "logged"), ["--layer", "counts"], "no layers/counts in it; choose another matrix with --layer (logged)"),
     "NaN": (lambda f: f["X/data"].__setitem__(3, np.nan), [], "NaN"),
     "negative": (lambda f: f["X/data"].__setitem__(3, -1), [], "negative"),
@@ -349,7 +350,7 @@ BAD_INPUT = {
     "indices out of range": (lambda f: f["X/indices"].__setitem__(0, 30), [], "damaged"),
     "indptr not ascending": (lambda f: f["X/indptr"].__setitem__(3, 10**6), [], "is not of 142 cells and 30 genes"),
     "another number of cells": (lambda f: f["X"].__delitem__("indptr") or f["X"].__setitem__("indptr", np.zeros(9, "i4")), [], "is not of 142 cells and 30 genes"),
-    "an unknown layout": (lambda f: f["X"].attrs.__setitem__("encoding-type", "coo_matrix"), [], "neither dense, CSR nor CSC (coo_matrix)"),
+    "an unknown layout": (lambda f: f["X"].attrs.__setitem__("encoding-type", "coo_matrix"), [], "neither dense, CSR nor CSC (coo)"),
     "no X": (lambda f: f.pop("X"), [], "no X in it"),
 }
 
@@ -392,7 +393,7 @@ def test_too_few_perturbations_for_a_split_are_an_error_and_train_with_split_non
     labels = ["ctrl"] * 5 + ["GENE1+ctrl"] * 5 + ["GENE2+ctrl"] * 5
     path = write_h5ad(tmp_path / "cells.h5ad", labels=labels, dense=expression()[:15])
     line = error_of("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none", root=tmp_path)
-    assert "2 perturbations are too few for the split" in line and "about a dozen" in line and "--split none" in line
+    assert "too few perturbations (2) for the split" in line and "about a dozen" in line and "--split none" in line
     done, file = prepared(tmp_path, "--split", "none")
     with file:
         assert dict(zip(file["conditions"].asstr()[:], file["split"].asstr()[:])) == {"ctrl": "ctrl", "GENE1+ctrl": "train", "GENE2+ctrl": "train"}
