@@ -505,6 +505,13 @@ def common_options(parser):
     return parser
 
 
+def positive(text):
+    """A whole number above 0 on the command line (the type of an argparse option)."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("has to be above 0")
+    return int(text)
+
+
 def seed(text):
     """A seed on the command line (the type of an argparse option)."""
     if not 0 <= int(text) < 2**32:

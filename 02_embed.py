@@ -586,13 +586,6 @@ def embed_texts(args, source, embedder, path):
 
 # ----------------------------------------------------------------------------------------------------------
 
-def positive(text):
-    """A number of 1 or more on the command line (the type of an argparse option)."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return int(text)
-
-
 def parse_arguments():
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
     add = parser.add_argument
@@ -603,7 +596,7 @@ def parse_arguments():
         help="(default: lsa on the demo, otherwise published)")
     add("--mode", choices=("concat", "avg"), default="concat",
         help="embed one text a gene, or each GO term and take the mean (default: concat)")
-    add("--dim", type=positive, metavar="N",
+    add("--dim", type=shared.positive, metavar="N",
         help="vectors of N numbers: with lsa its rank (default: found from the texts), with text-embedding-3 "
              "what the server shortens them to, else principal components")
     add("--color", metavar="FILE.tsv:COLUMN",
@@ -613,9 +606,9 @@ def parse_arguments():
         help="(default: text-embedding-ada-002)")
     add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI_URL, metavar="URL",
         help=f"the server (default: OPENAI_BASE_URL, or {OPENAI_URL})")
-    add("--batch-size", type=positive, default=512, metavar="N",
+    add("--batch-size", type=shared.positive, default=512, metavar="N",
         help="texts a request at most, fewer where the server refuses (default: 512)")
-    add("--max-tokens", type=positive, metavar="N",
+    add("--max-tokens", type=shared.positive, metavar="N",
         help="cut longer texts; a token counts as 3 bytes (default: the model's window where known, else "
              f"{MAX_TEXT_TOKENS})")
     add("--dry-run", action="store_true", help="print texts, tokens and cost (estimates); send nothing")

@@ -1177,7 +1177,7 @@ def parse_arguments():
              "'(.+)_g[0-9]+' for KLF1_g2")
     add("--min-cells", type=int, default=0, metavar="N", help="leave out smaller conditions (default: 0)")
     expression_options(parser)
-    add("--n-genes", type=int, metavar="N",
+    add("--n-genes", type=shared.positive, metavar="N",
         help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
     add("--split", default="simulation", metavar="simulation|none|FILE.json",
         help='the paper\'s split; none, to train on everything; or {"train": [label, ...], "val": [...], '
@@ -1217,8 +1217,6 @@ def check_arguments(args):
             sys.exit(f"error: {path} does not exist")
     if args.h5ad and args.h5ad.is_dir():
         sys.exit(f"error: {args.h5ad}: a folder (zarr?), {HOW_TO_CONVERT}")
-    if args.n_genes is not None and args.n_genes < 1:
-        sys.exit(f"error: --n-genes {args.n_genes}: at least 1")
     if not args.separator:
         sys.exit("error: --separator '': expected what separates targets, as + or _")
     try:

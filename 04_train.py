@@ -799,13 +799,13 @@ def parse_arguments():
         help="which vectors, where a source has several (default: the only ones, else published)")
     add("--mode", choices=("concat", "avg"),
         help="how texts were embedded, where a source has both (default: the only ones, else concat)")
-    add("--epochs", type=positive, metavar="N", help="at most")
-    add("--batch-size", type=positive, metavar="N", help="cells a batch")
-    add("--cells-at-once", type=positive, metavar="N",
+    add("--epochs", type=shared.positive, metavar="N", help="at most")
+    add("--batch-size", type=shared.positive, metavar="N", help="cells a batch")
+    add("--cells-at-once", type=shared.positive, metavar="N",
         help="a batch goes through the model in parts of so many cells: less memory, the same training "
              "(default: as many as fit)")
-    add("--lr", type=fraction, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
-    add("--genes-per-batch", type=positive, metavar="N", help="genes drawn for a batch")
+    add("--lr", type=float, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
+    add("--genes-per-batch", type=shared.positive, metavar="N", help="genes drawn for a batch")
     add("--targets-in-batch", action="store_true",
         help="the genes drawn for a batch contain its cells' targets (in the paper they need not)")
     add("--align", choices=ALIGN, default="layernorm", metavar="WAY",
@@ -818,22 +818,15 @@ def parse_arguments():
     add("--pretrained", type=Path, metavar="DIR",
         help="folder with scGPT's best_model.pt, args.json, vocab.json (default: data/human/scgpt/, fetched)")
     add("--no-pretrained", action="store_true", help="start from random weights, with these sizes:")
-    add("--d-model", type=positive, metavar="N", help="width of the model")
-    add("--n-layers", type=positive, metavar="N", help="layers of the transformer")
-    add("--n-heads", type=positive, metavar="N", help="attention heads of a layer")
-    add("--d-hid", type=positive, metavar="N", help="width inside the feed-forward blocks")
+    add("--d-model", type=shared.positive, metavar="N", help="width of the model")
+    add("--n-layers", type=shared.positive, metavar="N", help="layers of the transformer")
+    add("--n-heads", type=shared.positive, metavar="N", help="attention heads of a layer")
+    add("--d-hid", type=shared.positive, metavar="N", help="width inside the feed-forward blocks")
     add("--compile", action="store_true", help="compile the model: minutes at first, for long runs on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args()
     check_arguments(args)
     return args
-
-
-def positive(text):
-    """A whole number above 0 on the command line (the type of an argparse option)."""
-    if int(text) <= 0:
-        raise argparse.ArgumentTypeError("has to be above 0")
-    return int(text)
 
 
 def fraction(text):
@@ -856,6 +849,8 @@ def check_arguments(args):
             setattr(args, name, value)
     args.variant = args.variant or (DEMO_VARIANTS if is_demo else VARIANTS)
 
+    if args.lr <= 0:
+        sys.exit(f"error: --lr {args.lr:g}: has to be above 0")
     if args.name:
         shared.check_name(args.name, "--name")
     if args.pretrained and kind != "pretrained":

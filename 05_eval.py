@@ -1650,10 +1650,10 @@ def parse_arguments(words=None):
         "*.cells.h5ad (they have to fit into memory)")
     add("--vocab", type=Path, metavar="FILE", help="vocab.json, for targets of --predict that the dataset "
         "lacks (default: data/human/scgpt/vocab.json)")
-    add("--controls", type=int, metavar="N", help="control cells a condition (default: as many as it has "
+    add("--controls", type=shared.positive, metavar="N", help="control cells a condition (default: as many as it has "
         f"cells; --predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=shared.seed, default=42, metavar="N", help="draws the control cells (default: 42)")
-    add("--batch-size", type=int, metavar="N", help="cells at a time (default: what suits the device)")
+    add("--batch-size", type=shared.positive, metavar="N", help="cells at a time (default: what suits the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(None if words is None else list(map(str, words)))
     if args.towards and not args.predict:
@@ -1664,9 +1664,6 @@ def parse_arguments(words=None):
         sys.exit("error: --external is for the evaluation, without --predict and --towards")
     if args.controls_from and not args.predict:
         sys.exit("error: --controls-from needs --predict or --towards")
-    for name in ("controls", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} has to be above 0")
     shared.check_name(args.name, "--name")
     return args
 

@@ -224,7 +224,7 @@ def test_the_rank_is_the_same_each_time():
 
 def test_more_dimensions_than_there_are_is_an_error(demo):
     assert "finds only 10 dimensions" in fails("--source", "go_all", "--dim", 11, root=demo)
-    assert "at least 1" in fails("--dim", 0, root=demo)
+    assert "above 0" in fails("--dim", 0, root=demo)
 
 
 def test_the_gene_symbol_prefix_does_not_count():
@@ -665,7 +665,7 @@ def test_texts_beyond_the_models_window_or_max_tokens_are_cut(tmp_path, api, opt
 
 
 def test_fewer_than_one_token_is_refused(demo):
-    assert "at least 1" in fails("--embedder", "openai", "--max-tokens", 0, root=demo)
+    assert "above 0" in fails("--embedder", "openai", "--max-tokens", 0, root=demo)
 
 
 @pytest.mark.parametrize("status, words", [

@@ -240,7 +240,7 @@ def test_without_trained_runs_the_baselines_are_compared_and_training_comes_next
     (["--run", "mine=nofile.pt"], "nofile.pt does not exist"),
     (["--run", "scgtp"], "--run scgtp: not found"),
     (["--seed", "-1"], "invalid seed value: '-1'"),
-    (["--controls", "0"], "--controls has to be above 0"),
+    (["--controls", "0"], "--controls: has to be above 0"),
     (["--predict", "list.txt"], "list.txt: No such file"),
     (["--dataset", "mine"], "run first: python 03_prepare_data.py --dataset mine")])
 def test_a_wrong_option_is_one_line(root, args, message):

@@ -184,8 +184,8 @@ def test_a_truncated_dataset_is_refused(scripts, whole, tmp_path):
 
 def test_truncated_predictions_of_another_method_are_refused(scripts, whole, tmp_path):
     data = scripts[3].load_dataset(whole / "data/mine/dataset.h5", "")
-    test = scripts[5].held_out(data)
-    args = SimpleNamespace(root=whole, dataset="mine", layer=None, gene_key=None)
+    args = SimpleNamespace(root=whole, dataset="mine", layer=None, gene_key=None, upper_case=False, controls=None, seed=42)
+    test = scripts[5].held_out(data, args)
     content = (whole / "cells.h5ad").read_bytes()  # the measured cells as if they were predicted
     for seed in range(40):
         path = tmp_path / f"{seed}.h5ad"

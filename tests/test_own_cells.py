@@ -593,7 +593,7 @@ def test_an_option_that_changes_makes_the_output_stale(tmp_path, option):
 
 @pytest.mark.parametrize("option, message", [(["--separator", ""], "--separator"), (["--target-regex", "(("], "in parentheses"),
                                              (["--target-regex", "x_g1"], "in parentheses"), (["--split", "no.json"], "no.json does not exist"),
-                                             (["--n-genes", 0], "--n-genes 0: at least 1")])
+                                             (["--n-genes", 0], "--n-genes: has to be above 0")])
 def test_an_impossible_option_is_an_error_that_names_it(tmp_path, option, message):
     assert message in error(tmp_path, write_cells(tmp_path / "cells.h5ad", logged(counts()), LABELS, GENES), *option)
 
