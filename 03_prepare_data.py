@@ -273,7 +273,7 @@ def choose_conditions(labels, label_of_cell, rules, args):
         raise BadCells(f"too few control cells ({', '.join(args.control)}: {n_of.get(CONTROL, 0):,}); name "
                        f"their label with --control (most cells are {shown(most, 5)})")
     if kept == [CONTROL]:
-        raise BadCells("control cells only are left; cells to predict from are for 05_eval.py --controls-from")
+        raise BadCells("control cells only; to predict from these, give them to 05_eval.py --controls-from")
 
     row_of = {label: row for row, condition in enumerate(kept) for label in labels_of[condition]}
     row_of_label = [row_of.get(label, -1) for label in labels] + [-1]  # the last: cells without a label
