@@ -1,5 +1,4 @@
-"""Metrics of perturbation prediction on mean expression profiles. This file stands alone: it imports numpy
-only.
+"""Metrics of perturbation prediction on mean expression profiles. This file stands alone: numpy is all.
 
     scores = evaluate(pred, true, ctrl, de_idx)                  # {name: one value per condition}
     scores |= evaluate_specific(pred, true, perturbed_mean)      # do predictions tell perturbations apart?
@@ -22,10 +21,10 @@ def evaluate(pred, true, ctrl, de_idx):
     """Compare predicted with measured mean profiles, condition by condition.
 
     pred, true (P, G): mean expression of each condition; ctrl (G,): mean expression of the control cells;
-    de_idx (P, 20): top differentially expressed genes of each condition, -1 = none (with fewer genes than
-    20). Returns arrays of (P,): mse_*, pearson_* (of the profiles) and pearson_delta_* (of their differences
-    to ctrl), on all genes and on the top 20. A correlation that is undefined (a constant profile) counts as
-    0. Raises ValueError for shapes that disagree.
+    de_idx (P, 20): top differentially expressed genes of each condition, -1 = none. Returns arrays of (P,):
+    mse_*, pearson_* (of the profiles) and pearson_delta_* (of their differences to ctrl), on all genes and on
+    the top 20. An undefined correlation (of a constant profile) counts as 0. Raises ValueError for shapes
+    that disagree.
     """
     pred, true, ctrl = (np.asarray(a, dtype=np.float64) for a in (pred, true, ctrl))
     de_idx = np.asarray(de_idx)
@@ -114,8 +113,8 @@ def _mean(a, is_used):
 
 
 def interval95(values):
-    """Mean of `values` (n,), say one per seed, and the half width of its 95% confidence interval by Student's
-    t; the half width of a single value is NaN."""
+    """Mean of `values` (n,), say one per seed, and the half width of its 95% interval (Student's t); NaN for
+    the half width of a single value."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if n < 2:

@@ -92,8 +92,7 @@ class ValueEncoder(nn.Module):
 
 
 class LanguageEncoder(nn.Module):
-    """Trainable language-model vectors of the genes' texts, projected to the width of the model: E_s, W_s,
-    b_s."""
+    """Trainable vectors of the genes' texts, projected to the width of the model: E_s, W_s, b_s."""
     def __init__(self, config, d_language):
         super().__init__()
         self.normalize = config.normalize_language
@@ -130,8 +129,7 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer; computes what nn.TransformerEncoderLayer does, with its parameter
-    names."""
+    """Post-norm transformer layer: what nn.TransformerEncoderLayer computes, under the same names."""
     def __init__(self, config):
         super().__init__()
         self.self_attn = SelfAttention(config)
@@ -157,8 +155,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicted expression from each gene's final vector: D. Its output is linear, hence can be slightly
-    negative."""
+    """Predicted expression from each gene's final vector: D. Linear, so it can be slightly negative."""
     def __init__(self, config):
         super().__init__()
         d = config.d_model
@@ -195,8 +192,10 @@ class ScGenePT(nn.Module):
         self.decoder = Decoder(config)
 
     def set_language(self, token_ids, vectors, with_text=None):
-        """Give the genes `token_ids` (R,), unique vocabulary rows, the starting `vectors`: {source: (R,
-        width)}. with_text: those of token_ids that have a text in a source (default: all)."""
+        """Give the genes `token_ids` (R,), unique vocabulary rows, starting vectors {source: (R, width)}.
+
+        with_text: those of token_ids that have a text in a source (default: all)
+        """
         self.language_rows.fill_(-1)
         self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = torch.arange(len(token_ids))
         if self.config.target_by_text:
@@ -207,8 +206,7 @@ class ScGenePT(nn.Module):
                 encoder.embedding.weight.copy_(torch.as_tensor(vectors[source]))
 
     def add_language(self, token_ids, vectors):
-        """Give further genes, vocabulary rows (R,) that had none in the language tables, vectors {source: (R,
-        width)}."""
+        """Give vectors {source: (R, width)} to further genes, rows of the vocabulary (R,) without any yet."""
         n_before, n_after = self.config.n_language_rows, self.config.n_language_rows + len(token_ids)
         new_rows = torch.arange(n_before, n_after, device=self.language_rows.device)
         self.language_rows[torch.as_tensor(token_ids, dtype=torch.long)] = new_rows
@@ -321,8 +319,7 @@ def save(model, path):
 
 
 def load(path):
-    """The model that `save` wrote to `path`, on the CPU and in eval mode. Raises ValueError for any other
-    file."""
+    """The model that `save` wrote to `path`, on the CPU, in eval mode. ValueError for any other file."""
     file = _read(path)
     if not {"config", "state"} <= file.keys():
         raise ValueError(f"{path}: not a file of this kit (released fine-tuned models: load_released)")
@@ -335,12 +332,11 @@ def load(path):
 
 
 def load_pretrained(model, path):
-    """Take token encoder, value encoder and transformer from scGPT's `best_model.pt`, as far as `model` has
-    those parts.
+    """Take the parts that `model` has of token encoder, value encoder and transformer from scGPT's
+    `best_model.pt`.
 
     Returns the keys taken and the keys left (other heads of scGPT). Raises ValueError, naming the key, when
-    one of the three parts is absent from the file, or any key in them is missing, unknown or of another
-    shape.
+    the file lacks one of the three parts, or a key of them is missing, unknown or of another shape.
     """
     state = _torch_names(_read(path))
     for part in PRETRAINED_PARTS:
@@ -354,8 +350,7 @@ def load_pretrained(model, path):
 
 
 def load_released(path, n_heads=8):
-    """A released fine-tuned scGPT, scGenePT or genePT file as a model on the CPU, in eval mode, with dropout
-    0.2.
+    """A released fine-tuned scGPT, scGenePT or genePT file as a model on the CPU, in eval mode.
 
     Sizes and parts are read from the tensors; only the number of heads leaves no trace in them. Language
     sources are named after their modules in the file (`genept_encoder`, `gopt_encoder_c`, ...). `<pad>` is
@@ -410,8 +405,7 @@ def _read(path):
 
 
 def _torch_names(state):
-    """Keys as PyTorch's own layer has them; files written with flash-attention name the same attention
-    weights Wqkv."""
+    """Keys as PyTorch's own layer has them: flash-attention calls the same weights Wqkv."""
     return {key.replace("self_attn._impl.", "self_attn.")
                .replace("self_attn.Wqkv.", "self_attn.in_proj_"): value for key, value in state.items()}
 
@@ -427,8 +421,7 @@ def _shape(state, key, path):
 
 @torch.no_grad()
 def _load_strictly(model, state, path, parts=("",)):
-    """Copy `state` into `model` (its keys that begin with `parts`); every key has to fit, or ValueError names
-    it."""
+    """Copy `state` into the keys of `model` that begin with `parts`; a key that does not fit is an error."""
     own = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
     for key in sorted(own.keys() | state.keys()):
         if key not in state:
