@@ -712,7 +712,7 @@ def address(url):
 
 
 def by_hand(path):
-    """What to do where a server refuses a program but may serve a person (a login, a captcha)."""
+    """What to do where a program gets no file but a person may: no internet here, a login, a captcha."""
     return f"; download it with a browser, save it as {path} and run the same command again"
 
 
@@ -734,7 +734,8 @@ def request(url, path=None, method="GET", **options):
         cause = error
         while cause.__context__:  # the innermost reason; the outer ones quote the whole address
             cause = cause.__context__
-        sys.exit(f"error: {address(url)}: {cause}; the same command goes on from here")
+        advice = by_hand(path) if path else "; the same command goes on from here"
+        sys.exit(f"error: {address(url)}: {cause}{advice}")
 
     is_page = "text/html" in response.headers.get("Content-Type", "")
     if response.status_code in (200, 206, 416) and not is_page:

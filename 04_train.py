@@ -1,6 +1,6 @@
 """Stage 04: fine-tuning -> runs/<dataset>/<variant>/seed<N>/
 
-    python 04_train.py                                     the demo: three small models from scratch
+    python 04_train.py                                     the demo: four small models from scratch
     python 04_train.py --dataset norman                    scGPT, scGenePT, its shuffled control; pretrained
     python 04_train.py --dataset norman --variant scgenept_go_c --seed 42 23 89 30 12
     python 04_train.py --dataset mine --variant scgpt scgenept_notes --no-pretrained --d-model 128

@@ -242,7 +242,9 @@ def test_a_file_that_is_not_the_one_known_is_refused_and_not_kept(server, tmp_pa
 
 def test_a_server_that_nobody_runs_is_named_in_one_line(server, tmp_path):
     server.__exit__()
-    assert error_of(URL, tmp_path / "file.bin").endswith("Connection refused; the same command goes on from here")
+    path = tmp_path / "file.bin"
+    assert error_of(URL, path).endswith(f"Connection refused; download it with a browser, save it as {path} and run the "
+                                        "same command again")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file-size limits there")
