@@ -288,35 +288,38 @@ def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pai
     """One round of GEARS' simulation split: {label: [target, ...]} of perturbed conditions
     -> (train, subgroup).
 
-    `train` lists the training labels; `subgroup` says for every other label why it is held out:
-    unseen_single, or combo_seen<k> with k of its targets among the training genes. Legacy NumPy generator, as
-    in the paper's runs.
+    `train` lists the training labels; `subgroup` says for every other label why it is held out. Legacy NumPy
+    generator, as in the paper's runs.
     """
     genes = sorted(set().union(*targets_of.values()))
     rng = np.random.RandomState(seed)
     train_genes = set(rng.choice(genes, int(len(genes) * train_share), replace=False))
-    subgroup, train, seen_pairs = {}, [], []
-    for label, targets in targets_of.items():
-        n_seen = sum(gene in train_genes for gene in targets)
-        if n_seen == len(targets):
-            (train if len(targets) == 1 else seen_pairs).append(label)
-        else:
-            subgroup[label] = "unseen_single" if len(targets) == 1 else f"combo_seen{n_seen}"
+    seen = [label for label, targets in targets_of.items() if train_genes.issuperset(targets)]
 
     # Of the pairs whose targets are all seen, some are held out; A+B and B+A stay on the same side
-    labels_of = {}
-    for label in sorted(seen_pairs):
-        labels_of.setdefault(frozenset(targets_of[label]), []).append(label)
-    first_labels = [labels[0] for labels in labels_of.values()]
+    pair_of = {}
+    for label in sorted(seen):
+        if len(targets_of[label]) > 1:
+            pair_of.setdefault(frozenset(targets_of[label]), label)
+    pairs = list(pair_of.values())
     rng = np.random.RandomState(seed)
-    n_kept = int(len(first_labels) * train_share_of_seen_pairs)
-    kept = set(rng.choice(first_labels, n_kept, replace=False)) if first_labels else set()
-    for targets, labels in labels_of.items():
-        if labels[0] in kept:
-            train += labels
-        else:
-            subgroup |= dict.fromkeys(labels, f"combo_seen{len(targets)}")
-    return train, subgroup
+    kept = rng.choice(pairs, int(len(pairs) * train_share_of_seen_pairs), replace=False)
+    held_out = set(pairs).difference(kept)
+    train = [label for label in seen if pair_of.get(frozenset(targets_of[label])) not in held_out]
+    return train, held_out_subgroups(targets_of, train, train_genes)
+
+
+def held_out_subgroups(targets_of, train, seen_genes):
+    """{label: subgroup} of the conditions that are not in `train`: unseen_single, or combo_seen<k> with k of
+    its targets among seen_genes. A single target that was seen is in neither."""
+    subgroup = {}
+    for label in targets_of.keys() - train:
+        n_seen = len(seen_genes.intersection(targets_of[label]))
+        if len(targets_of[label]) > 1:
+            subgroup[label] = f"combo_seen{n_seen}"
+        elif not n_seen:
+            subgroup[label] = "unseen_single"
+    return subgroup
 
 
 def split_conditions(targets_of, seed):
@@ -359,15 +362,9 @@ def split_from_json(path, targets_of, rules):
     if problems:
         sys.exit(f"error: {path}: {shown(problems, 10)}")
 
-    trained = {gene for label, part in split.items() if part == "train" for gene in targets_of[label]}
-    subgroup = {}
-    for condition, targets in targets_of.items():
-        n_seen = sum(gene in trained for gene in targets)
-        if split[condition] != "train" and len(targets) > 1:
-            subgroup[condition] = f"combo_seen{n_seen}"
-        elif not n_seen:
-            subgroup[condition] = "unseen_single"
-    return split, subgroup
+    train = [condition for condition, part in split.items() if part == "train"]
+    trained_genes = set().union(*(targets_of[condition] for condition in train))
+    return split, held_out_subgroups(targets_of, train, trained_genes)
 
 
 def make_split(targets_of, rules, args):
@@ -1011,14 +1008,15 @@ def number_genes(data, vocab):
 
 
 def unique_names(symbols):
-    """Symbols (G,) in which the second `A` is called `A-1`."""
-    names, taken, seen = symbols.copy(), set(symbols), set()
-    for i, symbol in enumerate(symbols):
-        if symbol in seen:
-            names[i] = next(name for n in itertools.count(1) if (name := f"{symbol}-{n}") not in taken)
-            taken.add(names[i])
-        seen.add(symbol)
-    return names
+    """Symbols (G,) in which the second `A` is called `A-1`, as an array of text."""
+    names = {}  # a dict keeps the order
+    for symbol in symbols:
+        name, n = symbol, 0
+        while name in names:
+            n += 1
+            name = f"{symbol}-{n}"
+        names[name] = None
+    return np.array(list(names), dtype=object)
 
 
 def check_known(genes, vocab, columns):
@@ -1171,7 +1169,7 @@ def parse_arguments():
         help="labels of cells to leave out, also as patterns, besides those that mean that the perturbation "
              "is not known (unassigned, doublet, nan, over ten guides, ...); without a value, keep these")
     add("--separator", default="+", metavar="TEXT", help="what separates targets (default: +)")
-    add("--target-regex", metavar="REGEX",
+    add("--target-regex", type=regex_of_targets, metavar="REGEX",
         help="finds the targets in a label, or in each of its parts: its groups are the targets, as in "
              "'(.+)_g[0-9]+' for KLF1_g2")
     add("--min-cells", type=int, default=0, metavar="N", help="leave out smaller conditions (default: 0)")
@@ -1202,6 +1200,15 @@ def expression_options(parser):
                         help="values are counts: scale to the median total, then log1p")
 
 
+def regex_of_targets(text):
+    """A regular expression on the command line that finds targets (the type of an argparse option)."""
+    with contextlib.suppress(re.error):
+        if re.compile(text).groups:
+            return text
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a regular expression with the target in "
+                                     "parentheses, as '(.+)_g[0-9]+'")
+
+
 def check_arguments(args):
     """End the run for impossible options."""
     if shared.space_of(args.dataset) == "demo":
@@ -1218,13 +1225,6 @@ def check_arguments(args):
         sys.exit(f"error: {args.h5ad}: a folder (zarr?), {HOW_TO_CONVERT}")
     if not args.separator:
         sys.exit("error: --separator '': expected what separates targets, as + or _")
-    try:
-        n_groups = re.compile(args.target_regex or "()").groups
-    except re.error:
-        n_groups = 0
-    if not n_groups:
-        sys.exit(f"error: --target-regex {args.target_regex!r}: expected a regular expression with the "
-                 "target in parentheses, as '(.+)_g[0-9]+'")
 
 
 def read_vocab(path):
