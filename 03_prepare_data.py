@@ -82,7 +82,7 @@ LOOKS_LIKE_CONTROL = re.compile(
     r"|untreated|unstimulated|parental|mock|vehicle|dmso|pbs|wt|wildtype)"
     r"([ ._-]?(ctrl|control|guide|s?grna|site|cell)s?)?([ ._-]?[a-z]?\d+|[ ._-][a-z])*", re.IGNORECASE)
 MEANS_UNKNOWN = re.compile(
-    r"|[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?(assigned|called|detected)|unknown|undefined"
+    r"[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?(assigned|called|detected)|unknown|undefined"
     r"|undetected|undetermined|unclassified|unmapped|no[ ._-]?(guide|call|s?g?rna)s?|multiplets?|doublets?"
     r"|multi(ple)?([ ._-]?guides?)?|collision|ambiguous|low[ ._-]?quality|negative", re.IGNORECASE)
 
@@ -123,7 +123,7 @@ def parse_condition(label, rules):
 
 def is_named(name, patterns):
     """Whether a name is among these names and shell patterns (`NT-*`)."""
-    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return name in patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_control(name, rules):
@@ -192,8 +192,7 @@ def is_unknown(label, rules):
     if LOOKS_LIKE_CONTROL.fullmatch(label):
         return False
     names = split_label(label, rules)
-    words = [label, *filter(None, names)]
-    says_so = any(MEANS_UNKNOWN.fullmatch(word) and not is_control(word, rules) for word in words)
+    says_so = any(MEANS_UNKNOWN.fullmatch(word) and not is_control(word, rules) for word in [label, *names])
     return says_so or len(names) > MOST_TARGETS
 
 
@@ -205,8 +204,8 @@ def read_labels(n_cells, rules, drop):
     """
     targets_of, left_out, bad, suspects = {}, [], [], []
     for label, n in n_cells.items():
-        if is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
-            left_out.append(f"{label[:60] or 'empty label'} ({n:,})")
+        if not label or is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
+            left_out.append(f"{label[:60] or 'no label'} ({n:,})")
             continue
         try:
             targets = targets_of[label] = parse_condition(label, rules)
@@ -217,7 +216,7 @@ def read_labels(n_cells, rules, drop):
             suspects += [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
 
     if left_out:
-        print(f"left out, with numbers of cells: {shown(left_out, 20)} (--drop without a value keeps them)")
+        print(f"left out, with numbers of cells: {shown(left_out, 20)}; see --drop")
     controls = [word for word in dict.fromkeys(suspects)
                 if LOOKS_LIKE_CONTROL.fullmatch(word) and word not in rules.genes]
     problems = []
@@ -240,14 +239,11 @@ def read_labels(n_cells, rules, drop):
 def choose_conditions(labels, label_of_cell, rules, args):
     """{condition: targets}, and the condition of each cell (cells,): its place there, -1 if it is left out.
 
-    labels (L,): as in the file; label_of_cell (cells,): the label of each cell, -1 where it is missing.
+    labels (L,): as in the file; label_of_cell (cells,): the label of each cell.
     """
-    n_missing, *counts = np.bincount(label_of_cell + 1, minlength=len(labels) + 1)
-    if n_missing:
-        print(f"left out, without {args.condition_key}: {n_missing:,} of {len(label_of_cell):,} cells")
     labels = [label.strip() for label in labels]
     n_cells = Counter()
-    for label, n in zip(labels, counts):
+    for label, n in zip(labels, np.bincount(label_of_cell, minlength=len(labels))):
         if n:  # a category may have no cells
             n_cells[label] += n
     targets_of_label = read_labels(n_cells, rules, args.drop)
@@ -276,7 +272,7 @@ def choose_conditions(labels, label_of_cell, rules, args):
         raise BadCells("control cells only; to predict from these, give them to 05_eval.py --controls-from")
 
     row_of = {label: row for row, condition in enumerate(kept) for label in labels_of[condition]}
-    row_of_label = [row_of.get(label, -1) for label in labels] + [-1]  # the last: cells without a label
+    row_of_label = [row_of.get(label, -1) for label in labels]
     targets_of = {condition: targets_of_label[labels_of[condition][0]] for condition in kept}
     return targets_of, np.array(row_of_label, dtype=np.int32)[label_of_cell]
 
@@ -597,17 +593,18 @@ def check_is_anndata(file):
 
 
 def read_text(item):
-    """A dataset of an AnnData table as text (n,); numbers as they print."""
-    if isinstance(item, h5py.Group):  # nullable text
-        item = item["values"]
+    """A dataset of an AnnData table as text (n,): numbers as they print, "" for a missing value."""
+    if isinstance(item, h5py.Group):  # nullable
+        return np.where(item["mask"][:], "", read_text(item["values"]))
     if h5py.check_string_dtype(item.dtype):
         return item.asstr()[:]
-    return item[:].astype(str).astype(object)
+    values = item[:]
+    return np.where(np.isnan(values), "", values.astype(str)).astype(object)
 
 
 def read_column(table, name):
-    """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, and code
-    -1 a missing value.
+    """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column as text,
+    "" where a value is missing.
 
     Knows plain columns, nullable ones (values and a mask), and categories: as written today (a group of
     categories and codes), and before 2022 (codes, and a reference to the categories).
@@ -620,16 +617,11 @@ def read_column(table, name):
     elif isinstance(column, h5py.Group) and "codes" in column:
         values, codes = column["categories"], column["codes"]
     else:
-        values, codes = np.unique(read_text(column), return_inverse=True)
-        if isinstance(column, h5py.Group):
-            codes[column["mask"][:]] = -1
-        elif column.dtype.kind == "f":
-            codes[np.isnan(column[:])] = -1
-        return values, codes
+        return np.unique(read_text(column), return_inverse=True)
     values, codes = read_text(values), codes[:].astype(np.int64)
     if not ((-1 <= codes) & (codes < len(values))).all():
         raise BadCells(f"{column.name}: codes outside its {len(values):,} categories")
-    return values, codes
+    return np.append(values, ""), codes % (len(values) + 1)  # -1, a missing value, is the last
 
 
 def columns_of(table):
@@ -661,8 +653,6 @@ def find_genes(file, args):
     if key == "index" and key not in var:
         key = index_of(var)
     symbols, codes = read_column(var, key)
-    if (codes < 0).any():
-        raise BadCells(f"genes without a name in var/{key}; choose another --gene-key")
     if args.upper_case:
         symbols = np.array([symbol.upper() for symbol in symbols], dtype=object)
     return symbols[codes], var
@@ -688,27 +678,21 @@ def read_sparse_blocks(X, n_cells, n_genes):
     if encoding not in ("csr", "csc"):
         raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
     n_rows, n_columns = (n_cells, n_genes) if encoding == "csr" else (n_genes, n_cells)
-    indptr = X["indptr"][:].astype(np.int64)
-    if len(indptr) != n_rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
-
-    bounds = [0]  # first row of each block
-    while bounds[-1] < n_rows:
-        last = np.searchsorted(indptr, indptr[bounds[-1]] + BLOCK, "right") - 1
-        bounds.append(max(bounds[-1] + 1, int(last)))
     data, indices = X["data"].astype(np.float32), X["indices"].astype(np.int32)
-    starts = tqdm(bounds[:-1], "reading cells", unit=" blocks", leave=False, disable=None)
-    for start, stop in zip(starts, bounds[1:]):
-        part = slice(indptr[start], indptr[stop])
+    indptr = X["indptr"][:].astype(np.int64)
+    if len(indptr) != n_rows + 1:
+        raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
+    for rows in row_slices(n_rows, len(data)):
+        starts = indptr[rows.start:rows.stop + 1]
+        part = slice(starts[0], starts[-1])
         try:
-            block = sparse.csr_matrix((data[part], indices[part], indptr[start:stop + 1] - indptr[start]),
-                                      shape=(stop - start, n_columns))
+            block = sparse.csr_matrix((data[part], indices[part], starts - starts[0]),
+                                      shape=(len(starts) - 1, n_columns))
             block.check_format()
         except ValueError as error:
             raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
         block.sum_duplicates()
         block.eliminate_zeros()
-        rows = slice(start, stop)
         yield (rows, slice(None), block) if encoding == "csr" else (slice(None), rows, block.T)
 
 
@@ -716,12 +700,20 @@ def read_dense_blocks(X, n_cells, n_genes):
     """expression_blocks of a dense matrix."""
     if X.shape != (n_cells, n_genes):
         raise BadCells(f"{X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
-    step = max(1, BLOCK // n_genes)
-    if X.chunks:  # whole chunks, or each is unpacked again and again
-        step = -(-step // X.chunks[0]) * X.chunks[0]
-    for start in tqdm(range(0, n_cells, step), "reading cells", unit=" blocks", leave=False, disable=None):
-        cells = slice(start, start + step)
+    rows_of_chunk = X.chunks[0] if X.chunks else 1
+    for cells in row_slices(n_cells, X.size, rows_of_chunk):
         yield cells, slice(None), sparse.csr_matrix(X.astype(np.float32)[cells])
+
+
+def row_slices(n_rows, n_values, multiple=1):
+    """Yield slices of rows that hold about BLOCK of the n_values values of a matrix, with a progress bar.
+
+    multiple: rows of a chunk of the file, which is unpacked as a whole.
+    """
+    step = max(1, BLOCK * n_rows // max(n_values, 1))
+    step = -(-step // multiple) * multiple
+    for start in tqdm(range(0, n_rows, step), "reading cells", unit=" blocks", leave=False, disable=None):
+        yield slice(start, min(start + step, n_rows))
 
 
 def scan_expression(path, args, is_wanted, n_genes):
@@ -887,7 +879,8 @@ def read_cells(path, args):
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
         genes, _ = find_genes(file, args)
-        n_cells = len(read_text(file["obs"][index_of(file["obs"])]))
+        X, _ = find_matrix(file, args.layer)
+        n_cells = X.shape[0] if isinstance(X, h5py.Dataset) else X.attrs["shape"][0]
     logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
     blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
     return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
