@@ -22,7 +22,7 @@ a cell's label stands for: the control (`ctrl`), one target (`KLF1+ctrl`) or sev
 X has to be log-normalized expression, or raw counts with --normalize. A target that the data does not measure
 joins as a gene with expression 0, so that it can be flagged as perturbed; it never counts in a loss or a
 metric. Screens may be larger than memory: X is copied in pieces (except CSC, stored by gene,
-which must fit in memory).
+which must fit in memory twice).
 
 dataset.h5, of G genes and P conditions: X (cells x G, CSR: data, indices, indptr; float32), genes (G),
 token_ids (G, rows of the vocabulary), measured (G), conditions (P), cell_condition (cells, rows of
@@ -202,22 +202,20 @@ def read_labels(n_cells, rules, drop):
     n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option.
     Raises BadCells, listing every label that cannot be read.
     """
-    targets_of, left_out, bad, suspects = {}, [], [], []
+    targets_of, left_out, bad = {}, [], []
     for label, n in n_cells.items():
         if not label or is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
             left_out.append(f"{label[:60] or 'no label'} ({n:,})")
             continue
         try:
-            targets = targets_of[label] = parse_condition(label, rules)
+            targets_of[label] = parse_condition(label, rules)
         except ValueError as error:
             bad.append(f"{label[:60]!r} ({error})")
-            continue
-        if targets:
-            suspects += [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
 
     if left_out:
         print(f"left out, with numbers of cells: {shown(left_out, 20)}; see --drop")
-    controls = [word for word in dict.fromkeys(suspects)
+    words = [word for label, targets in targets_of.items() if targets for word in (label, *targets)]
+    controls = [word for word in dict.fromkeys(words)
                 if LOOKS_LIKE_CONTROL.fullmatch(word) and word not in rules.genes]
     problems = []
     if bad:
@@ -227,7 +225,7 @@ def read_labels(n_cells, rules, drop):
         names = [name for name in rules.control if name != CONTROL] + controls[:8]
         problems.append(f"these look like controls: {shown(controls)}; name all (--control "
                         f"{shlex.join(names)}; patterns such as 'NT*' work), or leave these out with --drop")
-    parts = [part.strip() for label in n_cells for part in (label, *label.split(rules.separator))]
+    parts = [part for label in n_cells for part in (label, *label.split(rules.separator))]
     if rules.target_regex and not any(find_groups(rules.target_regex, part) for part in parts):
         problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as "
                         f"{shown(list(n_cells), 3)}")
@@ -663,46 +661,50 @@ def index_of(table):
     return table.attrs.get("_index", "index")
 
 
+def shape_of(X):
+    """The shape (cells, genes) of the expression matrix of an AnnData file."""
+    return tuple(X.shape if isinstance(X, h5py.Dataset) else X.attrs["shape"])
+
+
 def expression_blocks(path, args, n_cells, n_genes):
-    """Yield the expression matrix of an AnnData file piece by piece: (cells, genes, float32 matrix), `cells`
-    and `genes` being slices. Dense and CSR data comes by cells and as CSR, CSC data by genes and as CSC."""
+    """Yield the expression matrix of an AnnData file piece by piece: (slice of cells, CSR float32 matrix)."""
     with shared.read_h5(path) as file:
         X, _ = find_matrix(file, args.layer)
-        read_blocks = read_dense_blocks if isinstance(X, h5py.Dataset) else read_sparse_blocks
-        yield from read_blocks(X, n_cells, n_genes)
+        if shape_of(X) != (n_cells, n_genes):
+            raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
+        if isinstance(X, h5py.Group):
+            yield from read_sparse_blocks(X)
+        else:
+            rows_of_chunk = X.chunks[0] if X.chunks else 1
+            for cells in row_slices(n_cells, X.size, rows_of_chunk):
+                yield cells, sparse.csr_matrix(X.astype(np.float32)[cells])
 
 
-def read_sparse_blocks(X, n_cells, n_genes):
-    """expression_blocks of a CSR or CSC matrix."""
-    encoding = str(X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))).removesuffix("_matrix")
-    if encoding not in ("csr", "csc"):
+def read_sparse_blocks(X):
+    """expression_blocks of a CSR or CSC matrix. CSC, stored by gene, becomes CSR in memory."""
+    encoding = X.attrs.get("encoding-type")
+    if encoding not in ("csr_matrix", "csc_matrix"):
         raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
-    n_rows, n_columns = (n_cells, n_genes) if encoding == "csr" else (n_genes, n_cells)
+    n_cells, n_genes = shape_of(X)
     data, indices = X["data"].astype(np.float32), X["indices"].astype(np.int32)
     indptr = X["indptr"][:].astype(np.int64)
-    if len(indptr) != n_rows + 1:
-        raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
-    for rows in row_slices(n_rows, len(data)):
-        starts = indptr[rows.start:rows.stop + 1]
-        part = slice(starts[0], starts[-1])
-        try:
+    try:
+        if encoding == "csc_matrix":
+            whole = sparse.csc_matrix((data[:], indices[:], indptr), shape=(n_cells, n_genes))
+            whole.check_format()
+            whole = whole.tocsr()
+            data, indices, indptr = whole.data, whole.indices, whole.indptr
+        for cells in row_slices(n_cells, len(data)):
+            starts = indptr[cells.start:cells.stop + 1]
+            part = slice(starts[0], starts[-1])
             block = sparse.csr_matrix((data[part], indices[part], starts - starts[0]),
-                                      shape=(len(starts) - 1, n_columns))
+                                      shape=(cells.stop - cells.start, n_genes))
             block.check_format()
-        except ValueError as error:
-            raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
-        block.sum_duplicates()
-        block.eliminate_zeros()
-        yield (rows, slice(None), block) if encoding == "csr" else (slice(None), rows, block.T)
-
-
-def read_dense_blocks(X, n_cells, n_genes):
-    """expression_blocks of a dense matrix."""
-    if X.shape != (n_cells, n_genes):
-        raise BadCells(f"{X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
-    rows_of_chunk = X.chunks[0] if X.chunks else 1
-    for cells in row_slices(n_cells, X.size, rows_of_chunk):
-        yield cells, slice(None), sparse.csr_matrix(X.astype(np.float32)[cells])
+            block.sum_duplicates()
+            block.eliminate_zeros()
+            yield cells, block
+    except ValueError as error:
+        raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
 
 
 def row_slices(n_rows, n_values, multiple=1):
@@ -726,20 +728,17 @@ def scan_expression(path, args, is_wanted, n_genes):
     """
     blocks = functools.partial(expression_blocks, path, args, len(is_wanted), n_genes)
     totals, n_values = np.zeros(len(is_wanted)), np.zeros(n_genes, dtype=np.int64)
-    is_finite, is_whole, largest, smallest = True, True, 0, 0
-    for cells, genes, X in blocks():
-        is_finite = np.isfinite(X.data).all()
-        if not is_finite:
-            break
-        smallest = min(smallest, X.data.min(initial=0))
-        largest = max(largest, X.data.max(initial=0))
+    extremes, is_whole = [0], True
+    for cells, X in blocks():
+        extremes += [X.data.min(initial=0), X.data.max(initial=0)]
         is_whole = is_whole and (X.data == np.round(X.data)).all()
-        totals[cells] += cell_totals(X)
-        n_values[genes] += X[is_wanted[cells]].getnnz(axis=0)
+        totals[cells] = cell_totals(X)
+        n_values += X[is_wanted[cells]].getnnz(axis=0)
 
+    smallest, largest = np.min(extremes), np.max(extremes)  # NaN if a value is
     is_counts = is_whole or largest > LARGEST_LOG
     problem = None
-    if not is_finite:
+    if not np.isfinite([smallest, largest]).all():
         problem = "NaN or infinite values in the expression matrix"
     elif largest == smallest == 0:
         problem = "nothing but zeros in the expression matrix"
@@ -766,44 +765,24 @@ def scan_expression(path, args, is_wanted, n_genes):
     return functools.partial(log_blocks, blocks, kept, scale), kept, n_values, is_counts
 
 
-def log_blocks(blocks, kept, scale):
-    """Yield (genes, matrix) for each of the expression_blocks of blocks(): the kept cells (cells,),
+def log_blocks(blocks, kept, scale, chosen=None):
+    """Yield the kept cells (cells,) and chosen genes (G,) (None: all) of the expression_blocks of blocks(),
     log-normalized. scale (cells,) normalizes counts; None leaves values as they are."""
-    for cells, genes, X in blocks():
+    for cells, X in blocks():
         X = normalize(X, scale[cells]) if scale is not None else X
-        yield genes, X[kept[cells]]
+        X = X[kept[cells]]
+        yield X if chosen is None else X[:, chosen]
 
 
 def choose_variable(logs, is_target, n_cells, n_wanted):
     """Which genes --n-genes keeps, (G,) bool: the most variable of log_blocks' `logs`, and targets (G,)."""
-    sums, squares = np.zeros((2, len(is_target)))  # of the values before the logarithm
-    for genes, X in logs:
-        X = np.expm1(X).astype(np.float64)
-        sums[genes] += np.asarray(X.sum(axis=0)).ravel()
-        squares[genes] += np.asarray(X.power(2).sum(axis=0)).ravel()
-    mean = sums / n_cells
-    variance = (squares - n_cells * mean ** 2) / max(n_cells - 1, 1)
-    is_variable = most_variable(mean, variance, n_wanted)
+    blocks = (X.expm1() for X in logs)
+    mean, variance = moments(blocks, np.zeros(n_cells, dtype=int), 1, len(is_target))
+    is_variable = most_variable(mean[0], variance[0], n_wanted)
     chosen = is_variable | is_target
     print(f"--n-genes {n_wanted}: kept the {is_variable.sum():,} most variable of {len(chosen):,} genes "
           f"and {(chosen & ~is_variable).sum():,} more that are targets")
     return chosen
-
-
-def csr_blocks(logs, chosen):
-    """Yield the chosen genes (G,) bool of log_blocks' `logs` as CSR matrices of some cells each. CSC data,
-    stored by gene, is collected in memory and comes as one."""
-    by_genes = []
-    for genes, X in logs:
-        X = X if chosen.all() else X[:, chosen[genes]]
-        if X.format == "csr":
-            yield X
-        else:
-            by_genes.append(X)
-    if by_genes:
-        whole = sparse.hstack(by_genes, format="csc")
-        by_genes.clear()  # before the cells are in memory a second time
-        yield whole.tocsr()
 
 
 def read_rankings(file, conditions, cell_condition, chosen):
@@ -860,16 +839,17 @@ def open_h5ad(path, args, vocab=None):
                        "with --drop")
 
     # Genes
-    chosen = np.ones(len(genes), dtype=bool)
+    chosen, blocks = slice(None), logs
     if args.n_genes:
         is_target = np.isin(genes.astype(str), list(set().union(*targets_of.values())))
         chosen = choose_variable(logs(), is_target, kept.sum(), args.n_genes)
+        blocks = functools.partial(logs, chosen)
     rankings = None
     if not is_counts and kept.all() and args.layer is None:
         with shared.read_h5(path) as file:
             rankings = read_rankings(file, conditions, cell_condition, chosen)
     return SimpleNamespace(
-        blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
+        blocks=blocks, n_values=n_values[chosen].sum(),
         genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
         targets_of=targets_of, rules=rules, rankings=rankings)
 
@@ -880,10 +860,9 @@ def read_cells(path, args):
     with shared.read_h5(path) as file:
         genes, _ = find_genes(file, args)
         X, _ = find_matrix(file, args.layer)
-        n_cells = X.shape[0] if isinstance(X, h5py.Dataset) else X.attrs["shape"][0]
-    logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
-    blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
-    return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
+    is_wanted = np.ones(shape_of(X)[0], dtype=bool)
+    logs, *_ = scan_expression(path, args, is_wanted, len(genes))
+    return sparse.vstack(list(logs()), format="csr"), unique_names(genes)
 
 
 # ----------------------------------------------------------------------------------------------------------

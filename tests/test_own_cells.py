@@ -167,7 +167,7 @@ def arguments(prepare, *words):
         return prepare.parse_arguments()
 
 
-@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("layout", ["csr", "dense"])
 def test_memory_holds_what_is_kept_not_the_file(prepare, tmp_path, monkeypatch, layout):
     labels = LABELS * 40
     dense = np.random.RandomState(0).poisson(0.3, (len(labels), 1500)).astype(np.float32)  # 1.2 million values, 9 MB as CSR
