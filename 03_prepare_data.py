@@ -860,7 +860,7 @@ def read_cells(path, args):
     with shared.read_h5(path) as file:
         genes, _ = find_genes(file, args)
         X, _ = find_matrix(file, args.layer)
-    is_wanted = np.ones(shape_of(X)[0], dtype=bool)
+        is_wanted = np.ones(shape_of(X)[0], dtype=bool)
     logs, *_ = scan_expression(path, args, is_wanted, len(genes))
     return sparse.vstack(list(logs()), format="csr"), unique_names(genes)
 
