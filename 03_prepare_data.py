@@ -574,8 +574,8 @@ def kind_of(path):
              b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
              b"\x28\xb5\x2f\xfd": "a zstd file (unpack it)", b"PAR1": "a parquet file",
              b"X\n": "an R object (rds)", b"RDX": "an R file", b"%%MatrixMarket": "a text file (mtx)"}
-    kind = next((words for start, words in kinds.items() if head.startswith(start)), None)
-    return kind or ("a binary file" if b"\0" in head else "a text file (csv, tsv?)")
+    other = "a binary file" if b"\0" in head else "a text file (csv, tsv?)"
+    return next((words for start, words in kinds.items() if head.startswith(start)), other)
 
 
 def check_is_anndata(file):
@@ -647,8 +647,8 @@ def find_genes(file, args):
     """The symbols (G,) of the genes that the options choose in an AnnData file, and their table."""
     check_is_anndata(file)
     _, var = find_matrix(file, args.layer)
-    key = args.gene_key or ("gene_name" if "gene_name" in var else index_of(var))
-    if key == "index" and key not in var:
+    key = args.gene_key or "gene_name"
+    if key not in var and args.gene_key in (None, "index"):
         key = index_of(var)
     symbols, codes = read_column(var, key)
     if args.upper_case:
@@ -813,8 +813,8 @@ def read_rankings(file, conditions, cell_condition, chosen):
 def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
     cells and genes kept, CSR matrices of some cells each (float32), and n_values, the number of values in
-    them; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the rules of
-    the labels, and the file's rankings (P, 20) or None.
+    them; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the set
+    all_targets, the rules of the labels, and the file's rankings (P, 20) or None.
 
     vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
@@ -826,6 +826,7 @@ def open_h5ad(path, args, vocab=None):
     rules = make_rules(args, genes)
     targets_of, cell_condition = choose_conditions(labels, label_of_cell, rules, args)
     conditions = np.array(list(targets_of), dtype=object)
+    all_targets = set().union(*targets_of.values())
 
     # Cells
     is_wanted = cell_condition >= 0
@@ -841,7 +842,7 @@ def open_h5ad(path, args, vocab=None):
     # Genes
     chosen, blocks = slice(None), logs
     if args.n_genes:
-        is_target = np.isin(genes.astype(str), list(set().union(*targets_of.values())))
+        is_target = np.array([gene in all_targets for gene in genes])
         chosen = choose_variable(logs(), is_target, kept.sum(), args.n_genes)
         blocks = functools.partial(logs, chosen)
     rankings = None
@@ -851,7 +852,7 @@ def open_h5ad(path, args, vocab=None):
     return SimpleNamespace(
         blocks=blocks, n_values=n_values[chosen].sum(),
         genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
-        targets_of=targets_of, rules=rules, rankings=rankings)
+        targets_of=targets_of, all_targets=all_targets, rules=rules, rankings=rankings)
 
 
 def read_cells(path, args):
@@ -958,7 +959,7 @@ def number_genes(data, vocab):
     Targets that the data does not measure join at the end. vocab: {symbol: row} of scGPT's vocabulary, or
     None: every gene is a token of its own.
     """
-    unmeasured = sorted(set().union(*data.targets_of.values()) - set(data.genes))
+    unmeasured = sorted(data.all_targets.difference(data.genes))
     symbols = np.concatenate([data.genes, np.array(unmeasured, dtype=object)])
     n_genes = len(symbols)
     data.measured = np.arange(n_genes) < len(data.genes)
@@ -1077,15 +1078,15 @@ def load_dataset(path, made_by):
 def print_summary(data, vocab, args):
     """Print what is in the dataset, and what the user should know of it."""
     n_control = (data.split[data.cell_condition] == "ctrl").sum()
-    n_measured, unmeasured = data.measured.sum(), data.genes[~data.measured]
-    targets = sorted(set().union(*data.targets_of.values()))
-    print(f"{len(data.cell_condition):,} cells ({n_control:,} control), {n_measured:,} genes, "
+    measured, unmeasured = data.genes[data.measured], data.genes[~data.measured]
+    targets = sorted(data.all_targets)
+    print(f"{len(data.cell_condition):,} cells ({n_control:,} control), {len(measured):,} genes, "
           f"{len(data.conditions) - 1:,} perturbations of {len(targets):,} targets")
     print(f"{len(targets) - len(unmeasured):,} of {len(targets):,} targets are measured"
           + (f"; added as unmeasured genes: {shown(unmeasured)}" if len(unmeasured) else ""))
     if vocab:
         n_known = (data.token_ids[data.measured] != data.pad_id).sum()
-        print(f"{n_known:,} of {n_measured:,} genes are in the vocabulary")
+        print(f"{n_known:,} of {len(measured):,} genes are in the vocabulary")
         unknown = [target for target in targets if target not in vocab]
         if unknown:
             print(f"targets that are not in it ({len(unknown):,}), which the model cannot tell apart without "
@@ -1098,7 +1099,7 @@ def print_summary(data, vocab, args):
             print(f"{part}: {len(groups)} conditions{''.join(kinds)}")
     how = "computed (t-test against control)" if data.rankings is None else "the file's own rankings"
     print(f"top {N_TOP} differentially expressed genes: {how}")
-    warn_of_targets(data.genes[data.measured], unmeasured, targets, args)
+    warn_of_targets(measured, unmeasured, targets, args)
 
 
 def warn_of_targets(measured, unmeasured, targets, args):
