@@ -486,13 +486,13 @@ def simulate_demo(path):
     effect -= effect.mean(1, keepdims=True)
     targets = rng.choice(len(genes), 96, replace=False)
     pairs = [rng.choice(targets, 2, replace=False) for _ in range(40)]
-    conditions = [(CONTROL, [], 300)]
-    conditions += [(f"{genes[t]}+{CONTROL}", [t], 24) for t in targets]
-    conditions += [(f"{genes[a]}+{genes[b]}", [a, b], 24) for a, b in pairs]
 
     baseline = rng.normal(1.0, 0.7, len(genes))
     counts, labels = [], []
-    for label, perturbed, n_cells in conditions:
+    for perturbed in [[], *([target] for target in targets), *pairs]:
+        n_cells = 24 if len(perturbed) else 300
+        names = [genes[target] for target in perturbed]
+        label = "+".join(names if len(names) == 2 else [*names, CONTROL])
         activity = rng.normal(0, 0.15, (n_cells, n_processes))  # cells differ without any perturbation
         for target in perturbed:
             activity = activity + effect @ share[target]
