@@ -245,8 +245,7 @@ def choose_conditions(labels, label_of_cell, rules, args):
         if n:  # a category may have no cells
             n_cells[label] += n
     targets_of_label = read_labels(n_cells, rules, args.drop)
-    with_ctrl = [label for label, targets in targets_of_label.items()
-                 if targets and CONTROL in label.split(args.separator)]
+    with_ctrl = [label for label in targets_of_label if CONTROL in label.split(args.separator)]
     if with_ctrl and CONTROL not in args.control:
         print(f"{CONTROL!r} within a label counts as control, too: {shown(with_ctrl, 3)}")
 
