@@ -688,6 +688,8 @@ def read_sparse_blocks(X):
     data, indices = X["data"].astype(np.float32), X["indices"].astype(np.int32)
     indptr = X["indptr"][:].astype(np.int64)
     try:
+        if (np.diff(indptr) < 0).any():  # scipy does not see this in a block without values
+            raise ValueError("indptr decreases")
         if encoding == "csc_matrix":
             whole = sparse.csc_matrix((data[:], indices[:], indptr), shape=(n_cells, n_genes))
             whole.check_format()
