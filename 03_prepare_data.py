@@ -22,7 +22,7 @@ a cell's label stands for: the control (`ctrl`), one target (`KLF1+ctrl`) or sev
 X has to be log-normalized expression, or raw counts with --normalize. A target that the data does not measure
 joins as a gene with expression 0, so that it can be flagged as perturbed; it never counts in a loss or a
 metric. Screens may be larger than memory: X is copied in pieces (except CSC, stored by gene,
-which must fit in memory).
+which must fit in memory twice).
 
 dataset.h5, of G genes and P conditions: X (cells x G, CSR: data, indices, indptr; float32), genes (G),
 token_ids (G, rows of the vocabulary), measured (G), conditions (P), cell_condition (cells, rows of
@@ -82,7 +82,7 @@ LOOKS_LIKE_CONTROL = re.compile(
     r"|untreated|unstimulated|parental|mock|vehicle|dmso|pbs|wt|wildtype)"
     r"([ ._-]?(ctrl|control|guide|s?grna|site|cell)s?)?([ ._-]?[a-z]?\d+|[ ._-][a-z])*", re.IGNORECASE)
 MEANS_UNKNOWN = re.compile(
-    r"|[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?(assigned|called|detected)|unknown|undefined"
+    r"[*?-]|<?nan?>?|n/a|none|null|missing|unassigned|not[ ._-]?(assigned|called|detected)|unknown|undefined"
     r"|undetected|undetermined|unclassified|unmapped|no[ ._-]?(guide|call|s?g?rna)s?|multiplets?|doublets?"
     r"|multi(ple)?([ ._-]?guides?)?|collision|ambiguous|low[ ._-]?quality|negative", re.IGNORECASE)
 
@@ -123,7 +123,7 @@ def parse_condition(label, rules):
 
 def is_named(name, patterns):
     """Whether a name is among these names and shell patterns (`NT-*`)."""
-    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return name in patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_control(name, rules):
@@ -192,8 +192,7 @@ def is_unknown(label, rules):
     if LOOKS_LIKE_CONTROL.fullmatch(label):
         return False
     names = split_label(label, rules)
-    words = [label, *filter(None, names)]
-    says_so = any(MEANS_UNKNOWN.fullmatch(word) and not is_control(word, rules) for word in words)
+    says_so = any(MEANS_UNKNOWN.fullmatch(word) and not is_control(word, rules) for word in [label, *names])
     return says_so or len(names) > MOST_TARGETS
 
 
@@ -203,22 +202,20 @@ def read_labels(n_cells, rules, drop):
     n_cells: {label: number of cells}; drop: the names and patterns of --drop, None without that option.
     Raises BadCells, listing every label that cannot be read.
     """
-    targets_of, left_out, bad, suspects = {}, [], [], []
+    targets_of, left_out, bad = {}, [], []
     for label, n in n_cells.items():
-        if is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
-            left_out.append(f"{label[:60] or 'empty label'} ({n:,})")
+        if not label or is_named(label, drop or []) or (drop != [] and is_unknown(label, rules)):
+            left_out.append(f"{label[:60] or 'no label'} ({n:,})")
             continue
         try:
-            targets = targets_of[label] = parse_condition(label, rules)
+            targets_of[label] = parse_condition(label, rules)
         except ValueError as error:
             bad.append(f"{label[:60]!r} ({error})")
-            continue
-        if targets:
-            suspects += [label] if LOOKS_LIKE_CONTROL.fullmatch(label) else targets
 
     if left_out:
-        print(f"left out, with numbers of cells: {shown(left_out, 20)} (--drop without a value keeps them)")
-    controls = [word for word in dict.fromkeys(suspects)
+        print(f"left out, with numbers of cells: {shown(left_out, 20)}; see --drop")
+    words = [word for label, targets in targets_of.items() if targets for word in (label, *targets)]
+    controls = [word for word in dict.fromkeys(words)
                 if LOOKS_LIKE_CONTROL.fullmatch(word) and word not in rules.genes]
     problems = []
     if bad:
@@ -228,7 +225,7 @@ def read_labels(n_cells, rules, drop):
         names = [name for name in rules.control if name != CONTROL] + controls[:8]
         problems.append(f"these look like controls: {shown(controls)}; name all (--control "
                         f"{shlex.join(names)}; patterns such as 'NT*' work), or leave these out with --drop")
-    parts = [part.strip() for label in n_cells for part in (label, *label.split(rules.separator))]
+    parts = [part for label in n_cells for part in (label, *label.split(rules.separator))]
     if rules.target_regex and not any(find_groups(rules.target_regex, part) for part in parts):
         problems.append(f"--target-regex {rules.target_regex!r} matches no label, such as "
                         f"{shown(list(n_cells), 3)}")
@@ -240,19 +237,15 @@ def read_labels(n_cells, rules, drop):
 def choose_conditions(labels, label_of_cell, rules, args):
     """{condition: targets}, and the condition of each cell (cells,): its place there, -1 if it is left out.
 
-    labels (L,): as in the file; label_of_cell (cells,): the label of each cell, -1 where it is missing.
+    labels (L,): as in the file; label_of_cell (cells,): the label of each cell.
     """
-    n_missing, *counts = np.bincount(label_of_cell + 1, minlength=len(labels) + 1)
-    if n_missing:
-        print(f"left out, without {args.condition_key}: {n_missing:,} of {len(label_of_cell):,} cells")
     labels = [label.strip() for label in labels]
     n_cells = Counter()
-    for label, n in zip(labels, counts):
+    for label, n in zip(labels, np.bincount(label_of_cell, minlength=len(labels))):
         if n:  # a category may have no cells
             n_cells[label] += n
     targets_of_label = read_labels(n_cells, rules, args.drop)
-    with_ctrl = [label for label, targets in targets_of_label.items()
-                 if targets and CONTROL in label.split(args.separator)]
+    with_ctrl = [label for label in targets_of_label if CONTROL in label.split(args.separator)]
     if with_ctrl and CONTROL not in args.control:
         print(f"{CONTROL!r} within a label counts as control, too: {shown(with_ctrl, 3)}")
 
@@ -276,7 +269,7 @@ def choose_conditions(labels, label_of_cell, rules, args):
         raise BadCells("control cells only; to predict from these, give them to 05_eval.py --controls-from")
 
     row_of = {label: row for row, condition in enumerate(kept) for label in labels_of[condition]}
-    row_of_label = [row_of.get(label, -1) for label in labels] + [-1]  # the last: cells without a label
+    row_of_label = [row_of.get(label, -1) for label in labels]
     targets_of = {condition: targets_of_label[labels_of[condition][0]] for condition in kept}
     return targets_of, np.array(row_of_label, dtype=np.int32)[label_of_cell]
 
@@ -288,35 +281,38 @@ def simulation_split(targets_of, seed, train_share=0.75, train_share_of_seen_pai
     """One round of GEARS' simulation split: {label: [target, ...]} of perturbed conditions
     -> (train, subgroup).
 
-    `train` lists the training labels; `subgroup` says for every other label why it is held out:
-    unseen_single, or combo_seen<k> with k of its targets among the training genes. Legacy NumPy generator, as
-    in the paper's runs.
+    `train` lists the training labels; `subgroup` says for every other label why it is held out. Legacy NumPy
+    generator, as in the paper's runs.
     """
     genes = sorted(set().union(*targets_of.values()))
     rng = np.random.RandomState(seed)
     train_genes = set(rng.choice(genes, int(len(genes) * train_share), replace=False))
-    subgroup, train, seen_pairs = {}, [], []
-    for label, targets in targets_of.items():
-        n_seen = sum(gene in train_genes for gene in targets)
-        if n_seen == len(targets):
-            (train if len(targets) == 1 else seen_pairs).append(label)
-        else:
-            subgroup[label] = "unseen_single" if len(targets) == 1 else f"combo_seen{n_seen}"
+    seen = [label for label, targets in targets_of.items() if train_genes.issuperset(targets)]
 
     # Of the pairs whose targets are all seen, some are held out; A+B and B+A stay on the same side
-    labels_of = {}
-    for label in sorted(seen_pairs):
-        labels_of.setdefault(frozenset(targets_of[label]), []).append(label)
-    first_labels = [labels[0] for labels in labels_of.values()]
+    pair_of = {}
+    for label in sorted(seen):
+        if len(targets_of[label]) > 1:
+            pair_of.setdefault(frozenset(targets_of[label]), label)
+    pairs = list(pair_of.values())
     rng = np.random.RandomState(seed)
-    n_kept = int(len(first_labels) * train_share_of_seen_pairs)
-    kept = set(rng.choice(first_labels, n_kept, replace=False)) if first_labels else set()
-    for targets, labels in labels_of.items():
-        if labels[0] in kept:
-            train += labels
-        else:
-            subgroup |= dict.fromkeys(labels, f"combo_seen{len(targets)}")
-    return train, subgroup
+    kept = rng.choice(pairs, int(len(pairs) * train_share_of_seen_pairs), replace=False)
+    held_out = set(pairs).difference(kept)
+    train = [label for label in seen if pair_of.get(frozenset(targets_of[label])) not in held_out]
+    return train, held_out_subgroups(targets_of, train, train_genes)
+
+
+def held_out_subgroups(targets_of, train, seen_genes):
+    """{label: subgroup} of the conditions that are not in `train`: unseen_single, or combo_seen<k> with k of
+    its targets among seen_genes. A single target that was seen is in neither."""
+    subgroup = {}
+    for label in targets_of.keys() - train:
+        n_seen = len(seen_genes.intersection(targets_of[label]))
+        if len(targets_of[label]) > 1:
+            subgroup[label] = f"combo_seen{n_seen}"
+        elif not n_seen:
+            subgroup[label] = "unseen_single"
+    return subgroup
 
 
 def split_conditions(targets_of, seed):
@@ -359,15 +355,9 @@ def split_from_json(path, targets_of, rules):
     if problems:
         sys.exit(f"error: {path}: {shown(problems, 10)}")
 
-    trained = {gene for label, part in split.items() if part == "train" for gene in targets_of[label]}
-    subgroup = {}
-    for condition, targets in targets_of.items():
-        n_seen = sum(gene in trained for gene in targets)
-        if split[condition] != "train" and len(targets) > 1:
-            subgroup[condition] = f"combo_seen{n_seen}"
-        elif not n_seen:
-            subgroup[condition] = "unseen_single"
-    return split, subgroup
+    train = [condition for condition, part in split.items() if part == "train"]
+    trained_genes = set().union(*(targets_of[condition] for condition in train))
+    return split, held_out_subgroups(targets_of, train, trained_genes)
 
 
 def make_split(targets_of, rules, args):
@@ -495,13 +485,13 @@ def simulate_demo(path):
     effect -= effect.mean(1, keepdims=True)
     targets = rng.choice(len(genes), 96, replace=False)
     pairs = [rng.choice(targets, 2, replace=False) for _ in range(40)]
-    conditions = [(CONTROL, [], 300)]
-    conditions += [(f"{genes[t]}+{CONTROL}", [t], 24) for t in targets]
-    conditions += [(f"{genes[a]}+{genes[b]}", [a, b], 24) for a, b in pairs]
 
     baseline = rng.normal(1.0, 0.7, len(genes))
     counts, labels = [], []
-    for label, perturbed, n_cells in conditions:
+    for perturbed in [[], *([target] for target in targets), *pairs]:
+        n_cells = 24 if len(perturbed) else 300
+        names = [genes[target] for target in perturbed]
+        label = "+".join(names if len(names) == 2 else [*names, CONTROL])
         activity = rng.normal(0, 0.15, (n_cells, n_processes))  # cells differ without any perturbation
         for target in perturbed:
             activity = activity + effect @ share[target]
@@ -583,8 +573,8 @@ def kind_of(path):
              b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
              b"\x28\xb5\x2f\xfd": "a zstd file (unpack it)", b"PAR1": "a parquet file",
              b"X\n": "an R object (rds)", b"RDX": "an R file", b"%%MatrixMarket": "a text file (mtx)"}
-    kind = next((words for start, words in kinds.items() if head.startswith(start)), None)
-    return kind or ("a binary file" if b"\0" in head else "a text file (csv, tsv?)")
+    other = "a binary file" if b"\0" in head else "a text file (csv, tsv?)"
+    return next((words for start, words in kinds.items() if head.startswith(start)), other)
 
 
 def check_is_anndata(file):
@@ -600,17 +590,18 @@ def check_is_anndata(file):
 
 
 def read_text(item):
-    """A dataset of an AnnData table as text (n,); numbers as they print."""
-    if isinstance(item, h5py.Group):  # nullable text
-        item = item["values"]
+    """A dataset of an AnnData table as text (n,): numbers as they print, "" for a missing value."""
+    if isinstance(item, h5py.Group):  # nullable
+        return np.where(item["mask"][:], "", read_text(item["values"]))
     if h5py.check_string_dtype(item.dtype):
         return item.asstr()[:]
-    return item[:].astype(str).astype(object)
+    values = item[:]
+    return np.where(np.isnan(values), "", values.astype(str)).astype(object)
 
 
 def read_column(table, name):
-    """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column, and code
-    -1 a missing value.
+    """A column of an AnnData table (obs or var) as (values, codes): `values[codes]` is the column as text,
+    "" where a value is missing.
 
     Knows plain columns, nullable ones (values and a mask), and categories: as written today (a group of
     categories and codes), and before 2022 (codes, and a reference to the categories).
@@ -623,16 +614,11 @@ def read_column(table, name):
     elif isinstance(column, h5py.Group) and "codes" in column:
         values, codes = column["categories"], column["codes"]
     else:
-        values, codes = np.unique(read_text(column), return_inverse=True)
-        if isinstance(column, h5py.Group):
-            codes[column["mask"][:]] = -1
-        elif column.dtype.kind == "f":
-            codes[np.isnan(column[:])] = -1
-        return values, codes
+        return np.unique(read_text(column), return_inverse=True)
     values, codes = read_text(values), codes[:].astype(np.int64)
     if not ((-1 <= codes) & (codes < len(values))).all():
         raise BadCells(f"{column.name}: codes outside its {len(values):,} categories")
-    return values, codes
+    return np.append(values, ""), codes % (len(values) + 1)  # -1, a missing value, is the last
 
 
 def columns_of(table):
@@ -660,12 +646,10 @@ def find_genes(file, args):
     """The symbols (G,) of the genes that the options choose in an AnnData file, and their table."""
     check_is_anndata(file)
     _, var = find_matrix(file, args.layer)
-    key = args.gene_key or ("gene_name" if "gene_name" in var else index_of(var))
-    if key == "index" and key not in var:
+    key = args.gene_key or "gene_name"
+    if key not in var and args.gene_key in (None, "index"):
         key = index_of(var)
     symbols, codes = read_column(var, key)
-    if (codes < 0).any():
-        raise BadCells(f"genes without a name in var/{key}; choose another --gene-key")
     if args.upper_case:
         symbols = np.array([symbol.upper() for symbol in symbols], dtype=object)
     return symbols[codes], var
@@ -676,55 +660,63 @@ def index_of(table):
     return table.attrs.get("_index", "index")
 
 
+def shape_of(X):
+    """The shape (cells, genes) of the expression matrix of an AnnData file."""
+    return tuple(X.shape if isinstance(X, h5py.Dataset) else X.attrs["shape"])
+
+
 def expression_blocks(path, args, n_cells, n_genes):
-    """Yield the expression matrix of an AnnData file piece by piece: (cells, genes, float32 matrix), `cells`
-    and `genes` being slices. Dense and CSR data comes by cells and as CSR, CSC data by genes and as CSC."""
+    """Yield the expression matrix of an AnnData file piece by piece: (slice of cells, CSR float32 matrix)."""
     with shared.read_h5(path) as file:
         X, _ = find_matrix(file, args.layer)
-        read_blocks = read_dense_blocks if isinstance(X, h5py.Dataset) else read_sparse_blocks
-        yield from read_blocks(X, n_cells, n_genes)
+        if shape_of(X) != (n_cells, n_genes):
+            raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
+        if isinstance(X, h5py.Group):
+            yield from read_sparse_blocks(X)
+        else:
+            rows_of_chunk = X.chunks[0] if X.chunks else 1
+            for cells in row_slices(n_cells, X.size, rows_of_chunk):
+                yield cells, sparse.csr_matrix(X.astype(np.float32)[cells])
 
 
-def read_sparse_blocks(X, n_cells, n_genes):
-    """expression_blocks of a CSR or CSC matrix."""
-    encoding = str(X.attrs.get("encoding-type", X.attrs.get("h5sparse_format"))).removesuffix("_matrix")
-    if encoding not in ("csr", "csc"):
+def read_sparse_blocks(X):
+    """expression_blocks of a CSR or CSC matrix. CSC, stored by gene, becomes CSR in memory."""
+    encoding = X.attrs.get("encoding-type")
+    if encoding not in ("csr_matrix", "csc_matrix"):
         raise BadCells(f"{X.name} is neither dense, CSR nor CSC ({encoding})")
-    n_rows, n_columns = (n_cells, n_genes) if encoding == "csr" else (n_genes, n_cells)
-    indptr = X["indptr"][:].astype(np.int64)
-    if len(indptr) != n_rows + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise BadCells(f"{X.name} is not of {n_cells:,} cells and {n_genes:,} genes")
-
-    bounds = [0]  # first row of each block
-    while bounds[-1] < n_rows:
-        last = np.searchsorted(indptr, indptr[bounds[-1]] + BLOCK, "right") - 1
-        bounds.append(max(bounds[-1] + 1, int(last)))
+    n_cells, n_genes = shape_of(X)
     data, indices = X["data"].astype(np.float32), X["indices"].astype(np.int32)
-    starts = tqdm(bounds[:-1], "reading cells", unit=" blocks", leave=False, disable=None)
-    for start, stop in zip(starts, bounds[1:]):
-        part = slice(indptr[start], indptr[stop])
-        try:
-            block = sparse.csr_matrix((data[part], indices[part], indptr[start:stop + 1] - indptr[start]),
-                                      shape=(stop - start, n_columns))
+    indptr = X["indptr"][:].astype(np.int64)
+    try:
+        if (np.diff(indptr) < 0).any():  # scipy does not see this in a block without values
+            raise ValueError("indptr decreases")
+        if encoding == "csc_matrix":
+            whole = sparse.csc_matrix((data[:], indices[:], indptr), shape=(n_cells, n_genes))
+            whole.check_format()
+            whole = whole.tocsr()
+            data, indices, indptr = whole.data, whole.indices, whole.indptr
+        for cells in row_slices(n_cells, len(data)):
+            starts = indptr[cells.start:cells.stop + 1]
+            part = slice(starts[0], starts[-1])
+            block = sparse.csr_matrix((data[part], indices[part], starts - starts[0]),
+                                      shape=(cells.stop - cells.start, n_genes))
             block.check_format()
-        except ValueError as error:
-            raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
-        block.sum_duplicates()
-        block.eliminate_zeros()
-        rows = slice(start, stop)
-        yield (rows, slice(None), block) if encoding == "csr" else (slice(None), rows, block.T)
+            block.sum_duplicates()
+            block.eliminate_zeros()
+            yield cells, block
+    except ValueError as error:
+        raise BadCells(f"{X.name} is damaged, or of another shape ({error})") from None
 
 
-def read_dense_blocks(X, n_cells, n_genes):
-    """expression_blocks of a dense matrix."""
-    if X.shape != (n_cells, n_genes):
-        raise BadCells(f"{X.name} is {X.shape}, not of {n_cells:,} cells and {n_genes:,} genes")
-    step = max(1, BLOCK // n_genes)
-    if X.chunks:  # whole chunks, or each is unpacked again and again
-        step = -(-step // X.chunks[0]) * X.chunks[0]
-    for start in tqdm(range(0, n_cells, step), "reading cells", unit=" blocks", leave=False, disable=None):
-        cells = slice(start, start + step)
-        yield cells, slice(None), sparse.csr_matrix(X.astype(np.float32)[cells])
+def row_slices(n_rows, n_values, multiple=1):
+    """Yield slices of rows that hold about BLOCK of the n_values values of a matrix, with a progress bar.
+
+    multiple: rows of a chunk of the file, which is unpacked as a whole.
+    """
+    step = max(1, BLOCK * n_rows // max(n_values, 1))
+    step = -(-step // multiple) * multiple
+    for start in tqdm(range(0, n_rows, step), "reading cells", unit=" blocks", leave=False, disable=None):
+        yield slice(start, min(start + step, n_rows))
 
 
 def scan_expression(path, args, is_wanted, n_genes):
@@ -737,20 +729,17 @@ def scan_expression(path, args, is_wanted, n_genes):
     """
     blocks = functools.partial(expression_blocks, path, args, len(is_wanted), n_genes)
     totals, n_values = np.zeros(len(is_wanted)), np.zeros(n_genes, dtype=np.int64)
-    is_finite, is_whole, largest, smallest = True, True, 0, 0
-    for cells, genes, X in blocks():
-        is_finite = np.isfinite(X.data).all()
-        if not is_finite:
-            break
-        smallest = min(smallest, X.data.min(initial=0))
-        largest = max(largest, X.data.max(initial=0))
+    extremes, is_whole = [0], True
+    for cells, X in blocks():
+        extremes += [X.data.min(initial=0), X.data.max(initial=0)]
         is_whole = is_whole and (X.data == np.round(X.data)).all()
-        totals[cells] += cell_totals(X)
-        n_values[genes] += X[is_wanted[cells]].getnnz(axis=0)
+        totals[cells] = cell_totals(X)
+        n_values += X[is_wanted[cells]].getnnz(axis=0)
 
+    smallest, largest = np.min(extremes), np.max(extremes)  # NaN if a value is
     is_counts = is_whole or largest > LARGEST_LOG
     problem = None
-    if not is_finite:
+    if not np.isfinite([smallest, largest]).all():
         problem = "NaN or infinite values in the expression matrix"
     elif largest == smallest == 0:
         problem = "nothing but zeros in the expression matrix"
@@ -777,44 +766,24 @@ def scan_expression(path, args, is_wanted, n_genes):
     return functools.partial(log_blocks, blocks, kept, scale), kept, n_values, is_counts
 
 
-def log_blocks(blocks, kept, scale):
-    """Yield (genes, matrix) for each of the expression_blocks of blocks(): the kept cells (cells,),
+def log_blocks(blocks, kept, scale, chosen=None):
+    """Yield the kept cells (cells,) and chosen genes (G,) (None: all) of the expression_blocks of blocks(),
     log-normalized. scale (cells,) normalizes counts; None leaves values as they are."""
-    for cells, genes, X in blocks():
+    for cells, X in blocks():
         X = normalize(X, scale[cells]) if scale is not None else X
-        yield genes, X[kept[cells]]
+        X = X[kept[cells]]
+        yield X if chosen is None else X[:, chosen]
 
 
 def choose_variable(logs, is_target, n_cells, n_wanted):
     """Which genes --n-genes keeps, (G,) bool: the most variable of log_blocks' `logs`, and targets (G,)."""
-    sums, squares = np.zeros((2, len(is_target)))  # of the values before the logarithm
-    for genes, X in logs:
-        X = np.expm1(X).astype(np.float64)
-        sums[genes] += np.asarray(X.sum(axis=0)).ravel()
-        squares[genes] += np.asarray(X.power(2).sum(axis=0)).ravel()
-    mean = sums / n_cells
-    variance = (squares - n_cells * mean ** 2) / max(n_cells - 1, 1)
-    is_variable = most_variable(mean, variance, n_wanted)
+    blocks = (X.expm1() for X in logs)
+    mean, variance = moments(blocks, np.zeros(n_cells, dtype=int), 1, len(is_target))
+    is_variable = most_variable(mean[0], variance[0], n_wanted)
     chosen = is_variable | is_target
     print(f"--n-genes {n_wanted}: kept the {is_variable.sum():,} most variable of {len(chosen):,} genes "
           f"and {(chosen & ~is_variable).sum():,} more that are targets")
     return chosen
-
-
-def csr_blocks(logs, chosen):
-    """Yield the chosen genes (G,) bool of log_blocks' `logs` as CSR matrices of some cells each. CSC data,
-    stored by gene, is collected in memory and comes as one."""
-    by_genes = []
-    for genes, X in logs:
-        X = X if chosen.all() else X[:, chosen[genes]]
-        if X.format == "csr":
-            yield X
-        else:
-            by_genes.append(X)
-    if by_genes:
-        whole = sparse.hstack(by_genes, format="csc")
-        by_genes.clear()  # before the cells are in memory a second time
-        yield whole.tocsr()
 
 
 def read_rankings(file, conditions, cell_condition, chosen):
@@ -845,8 +814,8 @@ def read_rankings(file, conditions, cell_condition, chosen):
 def open_h5ad(path, args, vocab=None):
     """What this stage takes of an AnnData file, as a namespace: blocks(), which reads the expression of the
     cells and genes kept, CSR matrices of some cells each (float32), and n_values, the number of values in
-    them; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the rules of
-    the labels, and the file's rankings (P, 20) or None.
+    them; genes (G,), conditions (P,), cell_condition (cells,), targets_of {condition: [target]}, the set
+    all_targets, the rules of the labels, and the file's rankings (P, 20) or None.
 
     vocab: {symbol: row} of scGPT's vocabulary, or None.
     """
@@ -858,6 +827,7 @@ def open_h5ad(path, args, vocab=None):
     rules = make_rules(args, genes)
     targets_of, cell_condition = choose_conditions(labels, label_of_cell, rules, args)
     conditions = np.array(list(targets_of), dtype=object)
+    all_targets = set().union(*targets_of.values())
 
     # Cells
     is_wanted = cell_condition >= 0
@@ -871,18 +841,19 @@ def open_h5ad(path, args, vocab=None):
                        "with --drop")
 
     # Genes
-    chosen = np.ones(len(genes), dtype=bool)
+    chosen, blocks = slice(None), logs
     if args.n_genes:
-        is_target = np.isin(genes.astype(str), list(set().union(*targets_of.values())))
+        is_target = np.array([gene in all_targets for gene in genes])
         chosen = choose_variable(logs(), is_target, kept.sum(), args.n_genes)
+        blocks = functools.partial(logs, chosen)
     rankings = None
     if not is_counts and kept.all() and args.layer is None:
         with shared.read_h5(path) as file:
             rankings = read_rankings(file, conditions, cell_condition, chosen)
     return SimpleNamespace(
-        blocks=lambda: csr_blocks(logs(), chosen), n_values=n_values[chosen].sum(),
+        blocks=blocks, n_values=n_values[chosen].sum(),
         genes=genes[chosen], conditions=conditions, cell_condition=cell_condition[kept],
-        targets_of=targets_of, rules=rules, rankings=rankings)
+        targets_of=targets_of, all_targets=all_targets, rules=rules, rankings=rankings)
 
 
 def read_cells(path, args):
@@ -890,10 +861,10 @@ def read_cells(path, args):
     log-normalized, and genes (G,). Takes the options layer, normalize, gene_key and upper_case."""
     with shared.read_h5(path) as file:
         genes, _ = find_genes(file, args)
-        n_cells = len(read_text(file["obs"][index_of(file["obs"])]))
-    logs, *_ = scan_expression(path, args, np.ones(n_cells, dtype=bool), len(genes))
-    blocks = csr_blocks(logs(), np.ones(len(genes), dtype=bool))
-    return sparse.vstack(list(blocks), format="csr"), unique_names(genes)
+        X, _ = find_matrix(file, args.layer)
+        is_wanted = np.ones(shape_of(X)[0], dtype=bool)
+    logs, *_ = scan_expression(path, args, is_wanted, len(genes))
+    return sparse.vstack(list(logs()), format="csr"), unique_names(genes)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -989,7 +960,7 @@ def number_genes(data, vocab):
     Targets that the data does not measure join at the end. vocab: {symbol: row} of scGPT's vocabulary, or
     None: every gene is a token of its own.
     """
-    unmeasured = sorted(set().union(*data.targets_of.values()) - set(data.genes))
+    unmeasured = sorted(data.all_targets.difference(data.genes))
     symbols = np.concatenate([data.genes, np.array(unmeasured, dtype=object)])
     n_genes = len(symbols)
     data.measured = np.arange(n_genes) < len(data.genes)
@@ -1011,14 +982,15 @@ def number_genes(data, vocab):
 
 
 def unique_names(symbols):
-    """Symbols (G,) in which the second `A` is called `A-1`."""
-    names, taken, seen = symbols.copy(), set(symbols), set()
-    for i, symbol in enumerate(symbols):
-        if symbol in seen:
-            names[i] = next(name for n in itertools.count(1) if (name := f"{symbol}-{n}") not in taken)
-            taken.add(names[i])
-        seen.add(symbol)
-    return names
+    """Symbols (G,) in which the second `A` is called `A-1`, as an array of text."""
+    names = {}  # a dict keeps the order
+    for symbol in symbols:
+        name, n = symbol, 0
+        while name in names:
+            n += 1
+            name = f"{symbol}-{n}"
+        names[name] = None
+    return np.array(list(names), dtype=object)
 
 
 def check_known(genes, vocab, columns):
@@ -1107,15 +1079,15 @@ def load_dataset(path, made_by):
 def print_summary(data, vocab, args):
     """Print what is in the dataset, and what the user should know of it."""
     n_control = (data.split[data.cell_condition] == "ctrl").sum()
-    n_measured, unmeasured = data.measured.sum(), data.genes[~data.measured]
-    targets = sorted(set().union(*data.targets_of.values()))
-    print(f"{len(data.cell_condition):,} cells ({n_control:,} control), {n_measured:,} genes, "
+    measured, unmeasured = data.genes[data.measured], data.genes[~data.measured]
+    targets = sorted(data.all_targets)
+    print(f"{len(data.cell_condition):,} cells ({n_control:,} control), {len(measured):,} genes, "
           f"{len(data.conditions) - 1:,} perturbations of {len(targets):,} targets")
     print(f"{len(targets) - len(unmeasured):,} of {len(targets):,} targets are measured"
           + (f"; added as unmeasured genes: {shown(unmeasured)}" if len(unmeasured) else ""))
     if vocab:
         n_known = (data.token_ids[data.measured] != data.pad_id).sum()
-        print(f"{n_known:,} of {n_measured:,} genes are in the vocabulary")
+        print(f"{n_known:,} of {len(measured):,} genes are in the vocabulary")
         unknown = [target for target in targets if target not in vocab]
         if unknown:
             print(f"targets that are not in it ({len(unknown):,}), which the model cannot tell apart without "
@@ -1128,7 +1100,7 @@ def print_summary(data, vocab, args):
             print(f"{part}: {len(groups)} conditions{''.join(kinds)}")
     how = "computed (t-test against control)" if data.rankings is None else "the file's own rankings"
     print(f"top {N_TOP} differentially expressed genes: {how}")
-    warn_of_targets(data.genes[data.measured], unmeasured, targets, args)
+    warn_of_targets(measured, unmeasured, targets, args)
 
 
 def warn_of_targets(measured, unmeasured, targets, args):
@@ -1171,7 +1143,7 @@ def parse_arguments():
         help="labels of cells to leave out, also as patterns, besides those that mean that the perturbation "
              "is not known (unassigned, doublet, nan, over ten guides, ...); without a value, keep these")
     add("--separator", default="+", metavar="TEXT", help="what separates targets (default: +)")
-    add("--target-regex", metavar="REGEX",
+    add("--target-regex", type=regex_of_targets, metavar="REGEX",
         help="finds the targets in a label, or in each of its parts: its groups are the targets, as in "
              "'(.+)_g[0-9]+' for KLF1_g2")
     add("--min-cells", type=int, default=0, metavar="N", help="leave out smaller conditions (default: 0)")
@@ -1202,6 +1174,15 @@ def expression_options(parser):
                         help="values are counts: scale to the median total, then log1p")
 
 
+def regex_of_targets(text):
+    """A regular expression on the command line that finds targets (the type of an argparse option)."""
+    with contextlib.suppress(re.error):
+        if re.compile(text).groups:
+            return text
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a regular expression with the target in "
+                                     "parentheses, as '(.+)_g[0-9]+'")
+
+
 def check_arguments(args):
     """End the run for impossible options."""
     if shared.space_of(args.dataset) == "demo":
@@ -1218,13 +1199,6 @@ def check_arguments(args):
         sys.exit(f"error: {args.h5ad}: a folder (zarr?), {HOW_TO_CONVERT}")
     if not args.separator:
         sys.exit("error: --separator '': expected what separates targets, as + or _")
-    try:
-        n_groups = re.compile(args.target_regex or "()").groups
-    except re.error:
-        n_groups = 0
-    if not n_groups:
-        sys.exit(f"error: --target-regex {args.target_regex!r}: expected a regular expression with the "
-                 "target in parentheses, as '(.+)_g[0-9]+'")
 
 
 def read_vocab(path):

@@ -500,8 +500,8 @@ def label_means(blocks, label_of_cell, n_labels, n_genes):
     is_of_label = sparse.csc_matrix((np.ones(len(cells)), (label_of_cell[cells], cells)),
                                     shape=(n_labels, len(label_of_cell)))
     sums, is_whole = np.zeros((n_labels, n_genes)), True
-    for cells, genes, X in blocks:
-        sums[:, genes] += (is_of_label[:, cells] @ X).toarray()
+    for cells, X in blocks:
+        sums += (is_of_label[:, cells] @ X).toarray()
         is_whole = is_whole and bool((X.data == np.round(X.data)).all())
     with np.errstate(invalid="ignore"):
         return sums / np.asarray(is_of_label.sum(axis=1)), is_whole

@@ -348,9 +348,10 @@ BAD_INPUT = {
     "negative": (lambda f: f["X/data"].__setitem__(3, -1), [], "negative"),
     "raw counts": (lambda f: f["X/data"].__setitem__(slice(None), 2), [], "--normalize"),
     "indices out of range": (lambda f: f["X/indices"].__setitem__(0, 30), [], "damaged"),
-    "indptr not ascending": (lambda f: f["X/indptr"].__setitem__(3, 10**6), [], "is not of 142 cells and 30 genes"),
-    "another number of cells": (lambda f: f["X"].__delitem__("indptr") or f["X"].__setitem__("indptr", np.zeros(9, "i4")), [], "is not of 142 cells and 30 genes"),
-    "an unknown layout": (lambda f: f["X"].attrs.__setitem__("encoding-type", "coo_matrix"), [], "neither dense, CSR nor CSC (coo)"),
+    "indptr not ascending": (lambda f: f["X/indptr"].__setitem__(3, 10**6), [], "damaged, or of another shape"),
+    "another number of cells": (lambda f: f["X"].attrs.__setitem__("shape", (8, 30)), [], "is not of 142 cells and 30 genes"),
+    "indptr of another number of cells": (lambda f: f["X"].__delitem__("indptr") or f["X"].__setitem__("indptr", np.zeros(9, "i4")), [], "damaged, or of another shape"),
+    "an unknown layout": (lambda f: f["X"].attrs.__setitem__("encoding-type", "coo_matrix"), [], "neither dense, CSR nor CSC (coo_matrix)"),
     "no X": (lambda f: f.pop("X"), [], "no X in it"),
 }
 
