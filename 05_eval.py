@@ -170,8 +170,8 @@ def open_files(item, args):
         variant = item.removeprefix("released:")
         name, paths = f"{variant}-released", fetch_released(variant, args)
     else:
-        name, _, file = ("", "", item) if Path(item).exists() else item.rpartition("=")
-        path = Path(file)
+        name, _, file = item.rpartition("=")
+        path = Path(item if Path(item).exists() else file)
         if not path.exists():
             sys.exit(f"error: --run {item}: {path} does not exist")
         name, paths = shared.check_name(name or path.stem.replace(".", "_"), "--run"), [path]
@@ -255,8 +255,11 @@ def draw_controls(data, rows, n_controls, seed):
     """The control cells of each condition, the same for every model: n_controls, or as many as it has cells.
     A list of index arrays."""
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
-    rngs = [training.random_stream("controls", seed, int(row)) for row in rows]
-    return [rng.choice(data.ctrl_cells, n_controls or n_cells[row]) for rng, row in zip(rngs, rows)]
+    controls = []
+    for row in rows:
+        rng = training.random_stream("controls", seed, int(row))
+        controls.append(rng.choice(data.ctrl_cells, n_controls or n_cells[row]))
+    return controls
 
 
 def predict_means(run, data, test, args):
@@ -283,7 +286,7 @@ def predict_means(run, data, test, args):
 
 def predict_run(run, args, data, test):
     """A run's mean predicted profiles of the test conditions (P, G), from predictions/ if they are there."""
-    path = args.root / "results" / args.dataset / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
+    path = args.results / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
     made = shared.made_from({"controls": args.controls or "as cells", "seed": args.seed},
                             {"dataset.h5": test.fingerprint, "model": shared.checksum(run.path)})
     cells_path = path.with_suffix(".cells.h5ad")
@@ -339,10 +342,10 @@ def write_measured_cells(path, data, test, force):
     """Write the measured control cells and cells of the test conditions, to compare predicted ones with."""
     made = shared.made_from({}, {"dataset.h5": test.fingerprint})
     if not shared.is_current(path, made, force):
-        part = data.split[data.cell_condition]
-        cells = np.flatnonzero((part == "ctrl") | (part == "test"))
-        obs = {"condition": data.conditions[data.cell_condition[cells]]}
-        write_cells(path, made, data, data.X[cells][:, data.measured], obs, "measured cells")
+        is_shown = np.isin(data.split, ["ctrl", "test"])[data.cell_condition]
+        X = data.X[np.flatnonzero(is_shown)][:, data.measured]
+        obs = {"condition": data.conditions[data.cell_condition[is_shown]]}
+        write_cells(path, made, data, X, obs, "measured cells")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -380,16 +383,17 @@ def baseline_means(data, targets, ridge_files={}):
     for target, rows in trained_singles(data).items():
         profile_of[target] = np.average(mean[rows], axis=0, weights=n_cells[rows])
 
-    matching = [np.mean([profile_of.get(target, non_ctrl) for target in parts], 0) for parts in targets]
-    additive = [ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in parts) for parts in targets]
-    found = {"non-ctrl-mean": np.tile(non_ctrl, (len(targets), 1)),
-             "no-change": np.tile(ctrl, (len(targets), 1)),
-             "matching-mean": np.stack(matching), "additive": np.stack(additive)}
+    matching, additive = [], []
+    for parts in targets:
+        matching.append(np.mean([profile_of.get(target, non_ctrl) for target in parts], axis=0))
+        additive.append(ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in parts))
+    found = {"non-ctrl-mean": [non_ctrl] * len(targets), "no-change": [ctrl] * len(targets),
+             "matching-mean": matching, "additive": additive}
     for source, path in ridge_files.items():
         means = ridge_means(data, targets, path)
         if means is not None:
             found[f"ridge_{source}"] = means
-    return found
+    return {name: np.asarray(means) for name, means in found.items()}
 
 
 def ridge_means(data, wanted, path):
@@ -490,7 +494,7 @@ def read_external(item, data, test, args):
             sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: "
                      f"{shown(missing, 3)}; it has {shown(genes, 3)}")
         blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
-        means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
+        means = label_means(blocks, label_of_cell, len(labels), len(genes))
 
     means = means[:, [column_of[gene] for gene in test.genes]]
     mean_of, notations = {}, label_notations(set(data.genes), args)
@@ -505,30 +509,27 @@ def read_external(item, data, test, args):
         sys.exit(f"error: {path}: obs/condition has none of the {len(test.rows)} test conditions, such as "
                  f"{test.names[0]!r}, or NaN in all of them")
     print(f"{name}: {len(found)} of the {len(test.rows)} test conditions are in {path}")
-    check_values(found, is_whole, test.ctrl, path)
+    check_values(found, test.ctrl, path)
     return name, "", profiles, test.true
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks;
-    and whether all values are whole numbers."""
+    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks."""
     labelled = np.flatnonzero(label_of_cell >= 0)
     is_of_label = sparse.csc_matrix((np.ones(len(labelled)), (label_of_cell[labelled], labelled)),
                                     shape=(n_labels, len(label_of_cell)))
-    sums, is_whole = np.zeros((n_labels, n_genes)), True
+    sums = np.zeros((n_labels, n_genes))
     for cells, genes, X in blocks:
         sums[:, genes] += (is_of_label[:, cells] @ X).toarray()
-        is_whole = is_whole and bool((X.data == np.round(X.data)).all())
     with np.errstate(invalid="ignore"):
-        return sums / np.asarray(is_of_label.sum(axis=1)), is_whole
+        return sums / np.asarray(is_of_label.sum(axis=1))
 
 
-def check_values(profiles, is_whole, ctrl, path):
-    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale.
-
-    is_whole: whether all values were whole numbers; ctrl (G,): the dataset's control profile.
-    """
+def check_values(profiles, ctrl, path):
+    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale. ctrl
+    (G,): the dataset's control profile."""
     is_near_zero = (profiles ** 2).mean() < ((profiles - ctrl) ** 2).mean()
+    is_whole = (profiles == np.round(profiles)).all()
     if profiles.min() < -1 or (profiles.min() < 0 and is_near_zero):
         looks_like = "values around 0, as changes and z-scores have"
     elif profiles.max() > prepare.LARGEST_LOG or is_whole:
@@ -634,7 +635,7 @@ def number(mean, half_width=math.nan, metric=MAIN_METRIC):
     return f"{mean:{form}}" + ("" if math.isnan(half_width) else f" ± {half_width:{half_form}}")
 
 
-def value_of(outcome, name, group, metric):
+def value_of(outcome, name, group="all", metric=MAIN_METRIC):
     """Mean and half width of a model's interval; NaN where it has none."""
     return outcome.summary.get((name, group, metric), (math.nan, math.nan))[:2]
 
@@ -690,7 +691,7 @@ def table_by_subgroup(outcome, groups, metric, paper):
 
 def best_of(names, outcome):
     """The one of these models with the highest main metric; None if there are none."""
-    return max(names, key=lambda name: value_of(outcome, name, "all", MAIN_METRIC)[0], default=None)
+    return max(names, key=lambda name: value_of(outcome, name)[0], default=None)
 
 
 def best_model(outcome):
@@ -716,23 +717,24 @@ def verdict(outcome):
     variant, comma, labels = best.partition(",")
     shuffled = f"{variant}-shuffled{comma}{labels}"
     candidates = [best, "non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
+    names = [name for name in dict.fromkeys(candidates) if name in outcome.names]
     values = by_condition(outcome.rows, MAIN_METRIC)
-    pearson, mse, table = {}, {}, []
-    for name in dict.fromkeys(candidates):
-        if name in outcome.names:
-            pearson[name] = value_of(outcome, name, "all", MAIN_METRIC)
-            mse[name] = value_of(outcome, name, "all", "mse_top20")
-            n_better = sum(value > values[name].get(condition, math.inf)
-                           for condition, value in values[best].items())
-            table.append([name, number(*pearson[name]), number(*mse[name], "mse"),
-                          f"{n_better} of {len(values[best])}" if name != best else ""])
+    table = []
+    for name in names:
+        n_better = sum(value > values[name].get(condition, math.inf)
+                       for condition, value in values[best].items())
+        table.append([name, number(*value_of(outcome, name)),
+                      number(*value_of(outcome, name, metric="mse_top20"), "mse"),
+                      f"{n_better} of {len(values[best])}" if name != best else ""])
 
     # In words
-    above = [name for name in pearson if name != best and pearson[name][0] >= pearson[best][0]]
+    pearson, _ = value_of(outcome, best)
+    above = [name for name in names if name != best and value_of(outcome, name)[0] >= pearson]
     beats = "does NOT beat" if "non-ctrl-mean" in above else "beats"
-    text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({number(*pearson[best])}), {beats} "
-            f"the mean of the training perturbations ({number(*pearson['non-ctrl-mean'])}).")
-    if mse[best][0] > mse["non-ctrl-mean"][0]:
+    text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({table[0][1]}), {beats} the mean of "
+            f"the training perturbations ({table[1][1]}).")
+    mse, mse_of_mean = (value_of(outcome, name, metric="mse_top20")[0] for name in (best, "non-ctrl-mean"))
+    if mse > mse_of_mean:
         text += " Its squared error on these genes is larger, though."
     if above:
         text += f" It is not above {' and '.join(above)}."
@@ -883,13 +885,15 @@ def print_table(outcome, test, data):
 
 def draw_split(path, data, title):
     """Draw the conditions of the split by subgroup (the paper's Figure 7)."""
-    n_bars = len(set(zip(data.split, data.subgroup))) - 1  # none for the control cells
-    figure = shared.new_figure(6.5, 0.6 + 0.35 * n_bars, title)
-    axes = figure.subplots()
+    labels, sizes, colors = [], [], []
     for part, color in zip(("train", "val", "test"), shared.COLORS):
-        groups = count_subgroups(data.subgroup[data.split == part])
-        labels = [f"{part} {group.replace('_', ' ')}".strip() for group in groups]
-        axes.bar_label(axes.barh(labels, list(groups.values()), color=color), padding=3)
+        for group, n in count_subgroups(data.subgroup[data.split == part]).items():
+            labels.append(f"{part} {group.replace('_', ' ')}".strip())
+            sizes.append(n)
+            colors.append(color)
+    figure = shared.new_figure(6.5, 0.6 + 0.35 * len(labels), title)
+    axes = figure.subplots()
+    axes.bar_label(axes.barh(labels, sizes, color=colors), padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("conditions")
     shared.save_figure(figure, path)
@@ -943,20 +947,22 @@ def draw_scatter(path, name, predicted, outcome, test):
     """Draw a model's predicted (P, G) against the measured change of every gene, the top 20 in colour, for
     nine test conditions from the one that it predicts best to the worst."""
     pearson_of = by_condition(outcome.rows, MAIN_METRIC)[name]
-    order = sorted(range(len(test.names)), key=lambda i: -pearson_of[test.names[i]])
+    order = sorted(pearson_of, key=pearson_of.get, reverse=True)
     places = np.linspace(0, len(order) - 1, min(9, len(order))).astype(int)
     n_rows = math.ceil(len(places) / 3)
     title = f"{name}: change of each gene, top 20 in colour\nfrom the best to the worst predicted condition"
     figure = shared.new_figure(9, 0.8 + 2.8 * n_rows, title)
+    idx_of = positions(test.names)
     for panel, place in enumerate(places, 1):
-        i = order[place]
+        condition = order[place]
+        i = idx_of[condition]
         x, y = test.true[i] - test.ctrl, predicted[i] - test.ctrl
         top = test.de_idx[i][test.de_idx[i] >= 0]
         axes = figure.add_subplot(n_rows, 3, panel)
         axes.axline((0, 0), slope=1, color="black", lw=0.5)
         axes.scatter(x, y, s=4, color=shared.GREY)
         axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
-        axes.set_title(f"{test.names[i]}: Pearson Δ {pearson_of[test.names[i]]:.2f}", fontsize=9)
+        axes.set_title(f"{condition}: Pearson Δ {pearson_of[condition]:.2f}", fontsize=9)
     figure.supxlabel("measured change")
     figure.supylabel("predicted change")
     shared.save_figure(figure, path)
@@ -1012,7 +1018,7 @@ def read_perturbations(args, data):
                 raise ValueError("nothing is perturbed")
             for gene in genes:
                 if gene not in known:  # ten are shown, and looking for a likely name takes a while
-                    raise ValueError(nearest(gene, data.genes, vocab) if len(problems) < 10 else "unknown")
+                    raise ValueError(nearest(gene, known) if len(problems) < 10 else "unknown")
             wanted.setdefault(frozenset(genes), genes)  # A+B and B+A are one
         except ValueError as error:
             problems.append(f"{label!r} ({error})")
@@ -1057,14 +1063,11 @@ def read_vocab(args, data):
     return shared.read_json(path, int) if is_at_hand else {}
 
 
-def nearest(gene, genes, vocab):
-    """What an unknown gene may have meant, in any case: names of the dataset, or else of the vocabulary."""
-    for names in (genes, vocab):
-        name_of = {name.upper(): name for name in names}
-        found = difflib.get_close_matches(gene.upper(), name_of, 1)
-        if found:
-            return f"did you mean {name_of[found[0]]}?"
-    return "nothing comes near"
+def nearest(gene, known):
+    """What an unknown gene may have meant, in any case."""
+    name_of = {name.upper(): name for name in known}
+    found = difflib.get_close_matches(gene.upper(), name_of, 1)
+    return f"did you mean {name_of[found[0]]}?" if found else "nothing comes near"
 
 
 def add_genes(data, targets, vocab):
@@ -1088,16 +1091,16 @@ def add_language(net, run, data, args):
     trained with."""
     if not net.config.languages:
         return
-    is_new = net.language_rows.numpy()[data.token_ids] < 0  # never in a released model
+    is_new = net.language_rows.numpy()[data.token_ids] < 0  # none in a released model
     if not is_new.any():
         return
     genes, vectors = data.genes[is_new], {}
     files = run.config.get("embeddings", {})
-    folder = args.root / "data" / shared.space_of(args.dataset) / "embeddings"
     for source in net.config.languages:
         if source not in files:
             sys.exit(f"error: --predict: {run.path} has no vector for {shown(genes)}; name its run, "
                      "not its file")
+        folder = args.root / "data" / shared.space_of(args.dataset) / "embeddings"
         vector_of = dict(zip(*embed.read_embeddings(folder / files[source])))
         without = [gene for gene in genes if gene not in vector_of]
         if without:
@@ -1295,7 +1298,7 @@ def predict(*words):
 
 def predict_perturbations(args, data, runs, ridge_files):
     """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
-    folder = args.root / "results" / args.dataset / "predicted" / args.name
+    folder = args.results / "predicted" / args.name
     wanted = read_perturbations(args, data)
     data = choose_cells(data, wanted, args)
     goal = read_goal(data, args) if args.towards else None  # a mistake in it would cost hours of predictions
@@ -1373,22 +1376,21 @@ def pair_correlations(changes):
 
 
 def root_mean_square(changes, data):
-    """The size of changes (runs, G) over the measured genes: (runs,)."""
-    return np.sqrt((changes[:, data.measured].astype(np.float64) ** 2).mean(-1))
+    """The size of changes (..., G) over the measured genes: (...)."""
+    return np.sqrt((changes[..., data.measured].astype(np.float64) ** 2).mean(-1))
 
 
-def interactions(name, targets, runs, data):
-    """How much a pair does beyond what its single targets do: {model: root mean square, mean over its runs},
-    of the models that say something of all of them. Each change is less what is predicted for no
-    perturbation."""
-    together, nothing, *singles = [changes_of(runs, part) for part in (name, "", *data.genes[targets])]
-    found = {}
-    for model_name, change in together.items():
-        if all(model_name in single for single in singles):
-            of_nothing = nothing.get(model_name, 0)  # 0: a baseline
-            alone = sum(single[model_name] - of_nothing for single in singles)
-            found[model_name] = float(root_mean_square(change - of_nothing - alone, data).mean())
-    return found
+def interaction(model_name, name, targets, runs, data):
+    """How much a pair does beyond what its single targets do, as a model says: root mean square, mean over
+    its runs; NaN for what is no pair, and if it says nothing of a target. Each change is less what is
+    predicted for no perturbation."""
+    singles, sizes = data.genes[targets], []
+    for run in runs:
+        if run.name == model_name and len(singles) > 1 and run.changes.keys() >= set(singles):
+            of_nothing = run.changes.get("", 0)  # 0: a baseline
+            alone = sum(run.changes[single] - of_nothing for single in singles)
+            sizes.append(root_mean_square(run.changes[name] - of_nothing - alone, data))
+    return float(np.mean(sizes)) if sizes else math.nan
 
 
 Effect = namedtuple("Effect", ("condition", "model", "measured", "n_seeds", "effect_rms", "interval",
@@ -1399,10 +1401,10 @@ def find_effects(wanted, runs, data):
     """Yield the rows of predicted.csv.
 
     measured: the part of the split that the perturbation is in, or `no`. effect_rms: root mean square of the
-    change over the measured genes. interaction_rms, for pairs: see `interactions`. disagreement: 1 less the
-    correlation of two models' changes, mean over the pairs of models; NaN for a single one. priority: mean
-    effect_rms of the models, times disagreement: a large effect that they disagree on is worth measuring
-    next. Both leave shuffled controls out.
+    change over the measured genes. interaction_rms: see `interaction`. disagreement: 1 less the correlation
+    of two models' changes, mean over the pairs of models; NaN for a single one. priority: mean effect_rms of
+    the models, times disagreement: a large effect that they disagree on is worth measuring next. Both leave
+    shuffled controls out.
     """
     for name, targets in wanted.items():
         changes = changes_of(runs, name)
@@ -1420,11 +1422,10 @@ def find_effects(wanted, runs, data):
 
         conditions = data.conditions_of.get(frozenset(targets))
         part = data.split[conditions[0]] if conditions else "no"
-        interaction_of = interactions(name, targets, runs, data) if len(targets) > 1 else {}
         for model_name, mean in means.items():
             top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, data, 10))
             yield Effect(name, model_name, part, len(changes[model_name]), *sizes[model_name],
-                         interaction_of.get(model_name, math.nan), disagreement, priority, top)
+                         interaction(model_name, name, targets, runs, data), disagreement, priority, top)
 
 
 def gene_rows(wanted, runs, data):
@@ -1633,8 +1634,8 @@ def draw_towards(path, answers, data, args):
     for panel, model_name in enumerate(drawn, 1):
         names, likeness, _ = zip(*answers[model_name][:10])
         axes = figure.add_subplot(1, len(drawn), panel)
-        axes.barh(range(len(names)), likeness, color=shared.COLORS[0])
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.barh(names, likeness, color=shared.COLORS[0])
+        axes.tick_params(axis="y", labelsize=8)
         axes.invert_yaxis()
         axes.set_title(model_name, fontsize="small")
         axes.set_xlabel("Pearson of the changes")
@@ -1696,7 +1697,7 @@ def check_names(runs, ridge_files, external):
 
 def evaluate(args, data, runs, ridge_files):
     """Compare all models and baselines on the held-out conditions; write tables, figures and report."""
-    results = args.root / "results" / args.dataset
+    results = args.results
     test = held_out(data, args)
     print(f"{len(test.rows)} test conditions, {len(test.genes):,} genes, {sum(map(len, test.controls)):,} "
           "control cells to predict from")
@@ -1721,7 +1722,7 @@ def evaluate(args, data, runs, ridge_files):
     if best := best_model(outcome):
         predicted = np.mean([of_seed for name, _, of_seed, _ in profiles if name == best], axis=0)
         draw_scatter(results / "scatter.png", best, predicted, outcome, test)
-    if logged := [run for run in runs if run.config and run.path.with_name("log.csv").exists()]:
+    if logged := [run for run in runs if run.config]:
         draw_training(results / "training.png", logged, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
 
@@ -1755,6 +1756,7 @@ def set_up(args):
         ridge_files[source] = files.get(("published", "concat")) or files[min(files)]
     runs = find_models(args)
     check_names(runs, ridge_files, args.external)
+    args.results = args.root / "results" / args.dataset
     args.device = training.choose_device(args.device)
     print("device: {}, {}".format(*training.describe_device(args.device)))
     return args, data, runs, ridge_files
