@@ -170,8 +170,10 @@ def open_files(item, args):
         variant = item.removeprefix("released:")
         name, paths = f"{variant}-released", fetch_released(variant, args)
     else:
-        name, _, file = item.rpartition("=")
-        path = Path(item if Path(item).exists() else file)
+        name, path = "", Path(item)
+        if not path.exists():
+            name, _, file = item.rpartition("=")
+            path = Path(file)
         if not path.exists():
             sys.exit(f"error: --run {item}: {path} does not exist")
         name, paths = shared.check_name(name or path.stem.replace(".", "_"), "--run"), [path]
@@ -406,8 +408,8 @@ def ridge_means(data, wanted, path):
     """
     vector_of = dict(zip(*embed.read_embeddings(path)))
     trained, parts = [], []  # conditions of which a target has a vector, and their targets
-    for row in np.flatnonzero(data.split == "train"):
-        targets = data.targets[row][data.targets[row] >= 0]
+    train, val = np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "val")
+    for row, targets in zip(train, targets_at(data, train)):
         if not vector_of.keys().isdisjoint(data.genes[targets]):
             trained.append(row)
             parts.append(targets)
@@ -417,7 +419,6 @@ def ridge_means(data, wanted, path):
     mean_vector = np.mean([vector_of[gene] for gene in seen if gene in vector_of], 0, dtype=np.float64)
 
     # x: what describes each condition, y: its mean profile
-    val = np.flatnonzero(data.split == "val")
     x, x_val, x_wanted = (sum_vectors(data.genes, targets, vector_of, mean_vector)
                           for targets in (parts, targets_at(data, val), wanted))
     y, y_val = data.mean[trained].astype(np.float64), data.mean[val].astype(np.float64)
@@ -533,7 +534,7 @@ def check_values(profiles, ctrl, path):
     if profiles.min() < -1 or (profiles.min() < 0 and is_near_zero):
         looks_like = "values around 0, as changes and z-scores have"
     elif profiles.max() > prepare.LARGEST_LOG or is_whole:
-        looks_like = f"{'whole ' * is_whole}values up to {profiles.max():,.0f}, as counts have"
+        looks_like = f"{'whole ' if is_whole else ''}values up to {profiles.max():,.0f}, as counts have"
     else:
         ratio = np.expm1(profiles).sum(1).mean() / np.expm1(ctrl).sum()
         if not 0.5 < ratio < 2:
@@ -655,7 +656,7 @@ def marked_column(outcome, group, metric):
     for name in outcome.names:
         text = number(*value_of(outcome, name, group, metric), metric)
         texts[name] = text
-        if text and name != CEILING and name not in outcome.unranked:
+        if text and name not in (CEILING, *outcome.unranked):
             values[name] = float(text.split()[0])  # as printed: equal numbers look equal
     ranked = sorted(set(values.values()), reverse=not metric.startswith("mse"))
     mark_of = dict(zip(ranked, ("**", "*")))
@@ -825,9 +826,11 @@ def write_report(path, args, data, test, outcome):
     paper = paper_rows(PAPER, PAPER_COLUMNS[args.dataset]) if args.dataset in PAPER_COLUMNS else {}
     paper_by_subgroup = paper_rows(PAPER_BY_SUBGROUP) if args.dataset == "norman" else {}
     found = [[name, *(f"{share:.2f}" for share in shares)] for name, shares in outcome.found_first.items()]
-    runs = [[run.name, run.seed, run.config.get("best_epoch", "–"),
-             number(run.config.get("best_val_mse", math.nan)), run.config.get("n_parameters", "–"),
-             shared.checksum(run.path)] for run in outcome.runs]
+    runs = []
+    for run in outcome.runs:
+        best_mse = number(run.config.get("best_val_mse", math.nan), metric="mse")
+        runs.append([run.name, run.seed, run.config.get("best_epoch", "–"), best_mse,
+                     run.config.get("n_parameters", "–"), shared.checksum(run.path)])
     report = REPORT.format(
         dataset=args.dataset,
         synthetic=SYNTHETIC if data.synthetic else "",
@@ -867,7 +870,7 @@ def print_table(outcome, test, data):
         header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in groups)]
         rows = [["(conditions)", *(test.groups[group] for group in groups)]]
         for name in names:
-            values = [number(*value_of(outcome, name, group, MAIN_METRIC)[:n_values]) for group in groups]
+            values = [number(*value_of(outcome, name, group)[:n_values]) for group in groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
             rows.append([variant, *values])
             rows += [[f"  {label}", *([""] * len(groups))] for label in labels]
@@ -1337,8 +1340,8 @@ def print_effects(wanted, effects):
     if len(wanted) <= MOST_FIGURES:
         for name in wanted:
             of_name = [effect for effect in effects if effect.condition == name]
-            for effect in of_name[:1]:
-                print(f"{name} (measured: {effect.measured})")
+            if of_name:
+                print(f"{name} (measured: {of_name[0].measured})")
             for effect in of_name:
                 top = " ".join(effect.top_genes.split()[:5])
                 print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
