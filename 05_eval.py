@@ -588,6 +588,11 @@ def by_condition(rows, metric):
     return found
 
 
+def n_above(values, others):
+    """In how many conditions a value is above the other one, {condition: value} each."""
+    return sum(value > others.get(condition, math.inf) for condition, value in values.items())
+
+
 def write_csv(path, header, rows):
     """Write a table; NaN becomes an empty field."""
     with shared.replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
@@ -614,10 +619,9 @@ def compare(profiles, baselines, test):
     models = list(dict.fromkeys(name for name, *_ in profiles))
     errors, unranked = by_condition(rows, "mse_all"), {}
     for name in models:
-        n_better = sum(error < errors["no-change"][condition] for condition, error in errors[name].items())
         if len(errors[name]) < len(test.rows):
             unranked[name] = f"predictions of only {len(errors[name])} of the {len(test.rows)} conditions"
-        elif n_better < len(test.rows) / 2:
+        elif n_above(errors["no-change"], errors[name]) < len(test.rows) / 2:
             unranked[name] = "MSE over all genes above that of no-change on most conditions"
     found_first = {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
     found_first["chance"] = np.minimum(np.divide(TOP_K, len(test.rows)), 1)
@@ -722,11 +726,9 @@ def verdict(outcome):
     values = by_condition(outcome.rows, MAIN_METRIC)
     table = []
     for name in names:
-        n_better = sum(value > values[name].get(condition, math.inf)
-                       for condition, value in values[best].items())
-        table.append([name, number(*value_of(outcome, name)),
-                      number(*value_of(outcome, name, metric="mse_top20"), "mse"),
-                      f"{n_better} of {len(values[best])}" if name != best else ""])
+        n_better = f"{n_above(values[best], values[name])} of {len(values[best])}" if name != best else ""
+        mse = number(*value_of(outcome, name, metric="mse_top20"), "mse")
+        table.append([name, number(*value_of(outcome, name)), mse, n_better])
 
     # In words
     pearson, _ = value_of(outcome, best)
@@ -1508,7 +1510,7 @@ def synthetic(data):
 def draw_perturbation(folder, name, targets, runs, data):
     """Draw how the top genes of one perturbation change in cells: as measured, if it was, and as each model
     predicts (the paper's Figures 8 and 9)."""
-    series = {}  # {label: [(data, G), ...]}, the changes of cells, an array a run
+    series = {}  # {label: [(cells, G), ...]}, the changes of cells, an array a run
     conditions = data.conditions_of.get(frozenset(targets))
     if conditions:
         measured = data.X[np.flatnonzero(np.isin(data.cell_condition, conditions))]
@@ -1518,13 +1520,14 @@ def draw_perturbation(folder, name, targets, runs, data):
             series.setdefault(run.name, []).append(run.cells[name] - data.control_mean)
     if not series:
         return
+    series = {label: np.concatenate(blocks) for label, blocks in series.items()}
     if conditions:
         top = data.de_idx[conditions[0]]
         top = top[(top >= 0) & data.measured[top]]
         words = "that are most differentially expressed, measured and predicted"
     else:
         first = next(iter(series))
-        top = most_changed(np.concatenate(series[first]).mean(0), data)
+        top = most_changed(series[first].mean(0), data)
         words = f"that change most as {first} predicts; not measured"
 
     figure = shared.new_figure(
@@ -1554,15 +1557,15 @@ def answer_towards(folder, goal, wanted, runs, data, args):
 
 
 def draw_boxes(axes, series, top):
-    """Draw a box for each gene of `top` and label of {label: [(data, G), ...]}, what is measured in grey."""
+    """Draw a box for each gene of `top` and label of {label: (cells, G)}, what is measured in grey."""
     colors = itertools.cycle(shared.COLORS)
     width = 0.8 / len(series)
-    for i, (label, blocks) in enumerate(series.items()):
+    for i, (label, changes) in enumerate(series.items()):
         color = shared.GREY if label == "measured" else next(colors)
         x = np.arange(len(top)) + (i - (len(series) - 1) / 2) * width
         diamond = {"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
                    "markeredgewidth": 0.5}
-        boxes = axes.boxplot(np.concatenate(blocks)[:, top], positions=x, widths=0.9 * width,
+        boxes = axes.boxplot(changes[:, top], positions=x, widths=0.9 * width,
                              showfliers=False, patch_artist=True, showmeans=True, manage_ticks=False,
                              medianprops={"color": "black"}, meanprops=diamond, boxprops={"facecolor": color})
         boxes["boxes"][0].set_label(label)  # for the legend
@@ -1714,8 +1717,9 @@ def evaluate(args, data, runs, ridge_files):
 
     header = ("model", "seed", "condition", "subgroup", "metric", "value")
     write_csv(results / "metrics.csv", header, outcome.rows)
-    write_csv(results / "summary.csv", ("model", "subgroup", "metric", "mean", "interval", "n_seeds"),
-              [(*key, *value) for key, value in outcome.summary.items()])
+    header = ("model", "subgroup", "metric", "mean", "interval", "n_seeds")
+    rows = [(*key, *value) for key, value in outcome.summary.items()]
+    write_csv(results / "summary.csv", header, rows)
     if args.cells:
         write_measured_cells(results / "predictions" / "measured.cells.h5ad", data, test, args.force)
     label = args.dataset + synthetic(data)
