@@ -1269,12 +1269,12 @@ def baseline_runs(names, ridge_files, targets_of, keep, data):
 
 
 def changes_of(runs, name):
-    """{model: (runs, G)}: the changes by a perturbation, of the models that say something of it."""
+    """{model: (runs, G) float64}: the changes by a perturbation, of the models that say something of it."""
     found = {}
     for run in runs:
         if name in run.changes:
             found.setdefault(run.name, []).append(run.changes[name])
-    return {model_name: np.stack(changes) for model_name, changes in found.items()}
+    return {model_name: np.array(changes, dtype=np.float64) for model_name, changes in found.items()}
 
 
 def list_predictions(wanted, runs):
@@ -1413,23 +1413,21 @@ def find_effects(wanted, runs, data):
     """
     for name, targets in wanted.items():
         changes = changes_of(runs, name)
-        means, sizes, rivals = {}, {}, []
-        for model_name, of_runs in changes.items():
-            means[model_name] = of_runs.mean(0, dtype=np.float64)
-            sizes[model_name] = metrics.interval95(root_mean_square(of_runs, data))  # effect_rms, interval
-            if "-shuffled" not in model_name:
-                rivals.append(model_name)
+        sizes = {model_name: root_mean_square(of_runs, data) for model_name, of_runs in changes.items()}
+        rivals = [model_name for model_name in changes if "-shuffled" not in model_name]
         disagreement = priority = math.nan
         if len(rivals) > 1:
-            correlations = pair_correlations([means[model_name][data.measured] for model_name in rivals])
-            disagreement = float((1 - correlations).mean())
-            priority = float(np.mean([sizes[model_name][0] for model_name in rivals])) * disagreement
+            means = [changes[model_name].mean(0)[data.measured] for model_name in rivals]
+            disagreement = float((1 - pair_correlations(means)).mean())
+            priority = float(np.mean([sizes[model_name].mean() for model_name in rivals])) * disagreement
 
         conditions = data.conditions_of.get(frozenset(targets))
         part = data.split[conditions[0]] if conditions else "no"
-        for model_name, mean in means.items():
+        for model_name, of_runs in changes.items():
+            mean = of_runs.mean(0)
             top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, data, 10))
-            yield Effect(name, model_name, part, len(changes[model_name]), *sizes[model_name],
+            size, interval = metrics.interval95(sizes[model_name])
+            yield Effect(name, model_name, part, len(of_runs), size, interval,
                          interaction(model_name, name, targets, runs, data), disagreement, priority, top)
 
 
@@ -1440,7 +1438,7 @@ def gene_rows(wanted, runs, data):
         if conditions := data.conditions_of.get(frozenset(targets)):
             measured = data.mean[conditions].mean(0) - data.ctrl
         for model_name, changes in changes_of(runs, name).items():
-            for g in most_changed(changes.mean(0, dtype=np.float64), data):
+            for g in most_changed(changes.mean(0), data):
                 delta, half_width = metrics.interval95(changes[:, g])
                 control = float(data.control_mean[g])
                 yield (name, model_name, data.genes[g], control, control + delta, delta, half_width,
@@ -1485,7 +1483,7 @@ def draw_heatmap(path, effects, runs, data):
     names = [effect.condition for effect in effects if effect.model == model_name][:60]
     if len(names) < 3:
         return
-    changes = np.stack([changes_of(runs, name)[model_name].mean(0, dtype=np.float64) for name in names])
+    changes = np.stack([changes_of(runs, name)[model_name].mean(0) for name in names])
     genes = most_changed(np.abs(changes).max(0), data, 40)
     changes = changes[:, genes]  # (perturbations, genes)
     rows = hierarchy.leaves_list(hierarchy.linkage(changes, "average"))
@@ -1606,7 +1604,7 @@ def rank_towards(goal, wanted, runs, args):
     answers = {}
     for name in wanted:
         for model_name, changes in changes_of(runs, name).items():
-            change = changes.mean(0, dtype=np.float64)[counts]
+            change = changes.mean(0)[counts]
             likeness = float(pair_correlations([change, goal])[0])
             distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
             answers.setdefault(model_name, []).append((name, likeness, distance))
