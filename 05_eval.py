@@ -1541,19 +1541,6 @@ def draw_perturbation(folder, name, targets, runs, data):
     shared.save_figure(figure, folder / f"{urllib.parse.quote(name, safe='+')[:200]}.png")
 
 
-def answer_towards(folder, goal, wanted, runs, data, args):
-    """Rank the wanted perturbations by how near they lead to --towards: towards.csv, words and a figure.
-    goal: see read_goal."""
-    change, targets = goal
-    answers = rank_towards(change, wanted, runs, args)
-    rows = []
-    for model_name, ranked in answers.items():
-        rows += [(model_name, rank, *row) for rank, row in enumerate(ranked, 1)]
-    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
-    print_towards(answers, targets, wanted, args)
-    draw_towards(folder / "towards.png", answers, data, args)
-
-
 def draw_boxes(axes, series, top):
     """Draw a box for each gene of `top` and label of {label: (cells, G)}, what is measured in grey."""
     colors = itertools.cycle(shared.COLORS)
@@ -1571,6 +1558,19 @@ def draw_boxes(axes, series, top):
 
 # ----------------------------------------------------------------------------------------------------------
 # --towards: which perturbation leads to these cells
+
+def answer_towards(folder, goal, wanted, runs, data, args):
+    """Rank the wanted perturbations by how near they lead to --towards: towards.csv, words and a figure.
+    goal: see read_goal."""
+    change, targets = goal
+    answers = rank_towards(change, wanted, runs, args)
+    rows = []
+    for model_name, ranked in answers.items():
+        rows += [(model_name, rank, *row) for rank, row in enumerate(ranked, 1)]
+    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
+    print_towards(answers, targets, wanted, args)
+    draw_towards(folder / "towards.png", answers, data, args)
+
 
 def read_goal(data, args):
     """The change from the cells predicted from to the mean of those that --towards names, (G,), NaN where
