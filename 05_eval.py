@@ -92,7 +92,6 @@ MAIN_METRIC = "pearson_delta_top20"
 BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive")  # and ridge_<source>
 FOR_ANY_TARGET = ("non-ctrl-mean", "matching-mean", "additive")  # the baselines that --predict takes by name
 CEILING = "data-ceiling"
-PREDICTED_CELLS = "predicted cells below measured control cells"
 TOP_K = (1, 5, 10)       # how many guesses count in the reverse question
 N_DRAWS = 10             # of the random baseline, and of the halves of the ceiling
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
@@ -155,13 +154,14 @@ def fetch_released(variant, args):
     rule, so the bucket is asked for a list."""
     with shared.request(BUCKET, params={"list-type": 2, "prefix": FINETUNED}) as response:
         keys = re.findall(rf"<Key>{FINETUNED}([\w+-]+/[\w-]+/[\w.+-]+\.pt)</Key>", response.text)
-    found = [key for key in keys if key.startswith(f"{variant}/{args.dataset}/")]
-    if not found:
+    folder = args.root / "data" / "human" / "raw" / "finetuned"
+    paths = [shared.download(BUCKET + urllib.parse.quote(FINETUNED + key), folder / key)
+             for key in keys if key.startswith(f"{variant}/{args.dataset}/")]
+    if not paths:
         places = sorted({key.rpartition("/")[0] for key in keys})
         sys.exit(f"error: --run released:{variant}: {shared.address(BUCKET)} has no such model of "
                  f"{args.dataset}; there are: {', '.join(places) or 'none'}")
-    folder = args.root / "data" / "human" / "raw" / "finetuned"
-    return [shared.download(BUCKET + urllib.parse.quote(FINETUNED + key), folder / key) for key in found]
+    return paths
 
 
 def open_files(item, args):
@@ -170,30 +170,35 @@ def open_files(item, args):
         variant = item.removeprefix("released:")
         name, paths = f"{variant}-released", fetch_released(variant, args)
     else:
-        name, _, file = ("", "", item) if Path(item).exists() else item.rpartition("=")
-        path = Path(file)
+        name, path = "", Path(item)
+        if not path.exists():
+            name, _, file = item.rpartition("=")
+            path = Path(file)
         if not path.exists():
             sys.exit(f"error: --run {item}: {path} does not exist")
         name, paths = shared.check_name(name or path.stem.replace(".", "_"), "--run"), [path]
-    seeds = [re.search(r"seed_?(\d+)", path.name) for path in paths]
-    return [SimpleNamespace(name=name, seed=int(seed[1]) if seed else 0, path=path, config={})
-            for path, seed in zip(paths, seeds)]
+    runs = []
+    for path in paths:
+        found = re.search(r"seed_?(\d+)", path.name)
+        seed = int(found[1]) if found else 0
+        runs.append(SimpleNamespace(name=name, seed=seed, path=path, config={}))
+    return runs
 
 
 def find_models(args):
     """The models of --run: the kit's runs, and files. By default all finished runs."""
-    if not args.run:
-        return training.find_runs(args.root, args.dataset)
-    files = [item for item in args.run if item.endswith(".pt") or item.startswith("released:")]
-    others = files + named_baselines(args)
-    runs = training.find_runs(args.root, args.dataset, [item for item in args.run if item not in others])
-    return runs + [run for item in files for run in open_files(item, args)]
+    names, files = [], []
+    for item in args.run:
+        if item.endswith(".pt") or item.startswith("released:"):
+            files += open_files(item, args)
+        elif not is_baseline(item):
+            names.append(item)
+    return training.find_runs(args.root, args.dataset, names if args.run else None) + files
 
 
-def named_baselines(args):
-    """The baselines among the names of --run."""
-    return [item for item in args.run or () if item in FOR_ANY_TARGET
-            or item.startswith("ridge_") and not item.endswith(".pt")]
+def is_baseline(item):
+    """Whether an item of --run is a baseline, not a run or a file."""
+    return item in FOR_ANY_TARGET or item.startswith("ridge_") and not item.endswith(".pt")
 
 
 def load_model(path, data):
@@ -213,11 +218,12 @@ def load_model(path, data):
     return net
 
 
-def predict_cells(net, path, data, control, target_idx, machine):
+def predict_cells(net, path, token_ids, control, target_idx, args):
     """What the model from the file `path` predicts for control cells (N, G): (N, G)."""
+    autocast, _ = training.mixed_precision(args.device)
     try:
-        with machine.autocast():
-            return model.predict(net, data.token_ids, control, target_idx, machine.batch_size)
+        with autocast():
+            return model.predict(net, token_ids, control, target_idx, args.batch_size)
     except ValueError as error:
         sys.exit(f"error: {path}: {error}: trained on other genes than these")
 
@@ -228,20 +234,21 @@ def predict_cells(net, path, data, control, target_idx, machine):
 def held_out(data, args):
     """The test conditions of a dataset over its measured genes (G), the only ones scored, as a namespace.
 
-    rows (P,) among the conditions, names and subgroups (P,), groups {subgroup or `all`: number}, gene_idx and
-    genes (G,), true (P, G), ctrl (G,), perturbed_mean (G,) over the training perturbations, de_idx (P, 20)
-    among the measured genes, controls (see draw_controls), and the fingerprint of dataset.h5.
+    rows (P,) among the conditions, names and subgroups (P,), groups {subgroup or `all`: number}, genes (G,),
+    true (P, G), ctrl (G,), perturbed_mean (G,) over the training perturbations, de_idx (P, 20) among the
+    measured genes, controls (see draw_controls), and the fingerprint of dataset.h5.
     """
     rows = np.flatnonzero(data.split == "test")
     if not len(rows):
         sys.exit(f"error: {args.dataset} has no test conditions (03 --split none); --predict needs none")
-    measured = keep_genes(data, data.measured)
     groups = {**count_subgroups(filter(None, data.subgroup[rows])), "all": len(rows)}
+    mean, de_idx = data.mean[:, data.measured], data.de_idx[rows]
+    new_idx = np.cumsum(data.measured) - 1  # of each gene among the measured ones
     return SimpleNamespace(
         rows=rows, names=data.conditions[rows], subgroups=data.subgroup[rows], groups=groups,
-        gene_idx=np.flatnonzero(data.measured), genes=measured.genes, de_idx=measured.de_idx[rows],
-        true=measured.mean[rows], ctrl=measured.mean[data.split == "ctrl"][0],
-        perturbed_mean=measured.mean[data.split == "train"].mean(0, dtype=np.float64),
+        genes=data.genes[data.measured], de_idx=np.where(de_idx < 0, -1, new_idx[de_idx]),
+        true=mean[rows], ctrl=mean[data.split == "ctrl"][0],
+        perturbed_mean=mean[data.split == "train"].mean(0, dtype=np.float64),
         controls=draw_controls(data, rows, args.controls, args.seed),
         fingerprint=shared.fingerprint(args.root / "data" / args.dataset / "dataset.h5"))
 
@@ -250,94 +257,97 @@ def draw_controls(data, rows, n_controls, seed):
     """The control cells of each condition, the same for every model: n_controls, or as many as it has cells.
     A list of index arrays."""
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
-    rngs = [training.random_stream("controls", seed, int(row)) for row in rows]
-    return [rng.choice(data.ctrl_cells, n_controls or n_cells[row]) for rng, row in zip(rngs, rows)]
+    controls = []
+    for row in rows:
+        rng = training.random_stream("controls", seed, int(row))
+        controls.append(rng.choice(data.ctrl_cells, n_controls or n_cells[row]))
+    return controls
 
 
-def predict_means(run, data, test, machine, keep_cells):
-    """Mean predicted profiles of the test conditions, (P, G) float64, and if wanted the predicted cells, a
-    list of (cells, G)."""
-    net = load_model(run.path, data).to(machine.device)
-    step = max(machine.batch_size or 1, CELLS_X_GENES // len(data.genes))
-    means, blocks = np.zeros(test.true.shape), []
+def predict_means(run, data, test, args):
+    """Mean predicted profiles of the test conditions, (P, G) float64, and with --cells the predicted cells as
+    write_predicted_cells takes them."""
+    net = load_model(run.path, data).to(args.device)
+    step = max(args.batch_size or 1, CELLS_X_GENES // len(data.genes))
+    means, blocks = [], []
     progress = tqdm(total=sum(map(len, test.controls)), desc=f"  {run.name}, seed {run.seed}", unit=" cells",
                     leave=False, disable=None)
-    for mean, cells, target_idx in zip(means, test.controls, targets_at(data, test.rows)):
+    for name, cells, targets in zip(test.names, test.controls, targets_at(data, test.rows)):
+        total = 0
         for start in range(0, len(cells), step):  # so that memory does not grow with the number of cells
             control = data.X[cells[start:start + step]].toarray()
-            predicted = predict_cells(net, run.path, data, control, target_idx, machine)
-            predicted = predicted.take(test.gene_idx, axis=1)
-            mean += predicted.sum(0, dtype=np.float64)
-            if keep_cells:
-                blocks.append(predicted)
+            predicted = predict_cells(net, run.path, data.token_ids, control, targets, args)
+            total += predicted.sum(0, dtype=np.float64)
+            if args.cells:
+                blocks.append((run, name, predicted))
             progress.update(len(control))
-        mean /= len(cells)
+        means.append(total / len(cells))
     progress.close()
-    return means, blocks
+    return np.stack(means)[:, data.measured], blocks
 
 
-def predict_run(run, args, data, test, machine):
+def predict_run(run, args, data, test):
     """A run's mean predicted profiles of the test conditions (P, G), from predictions/ if they are there."""
-    path = args.root / "results" / args.dataset / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
+    path = args.results / "predictions" / f"{run.name}.seed{run.seed}.h5ad"
     made = shared.made_from({"controls": args.controls or "as cells", "seed": args.seed},
                             {"dataset.h5": test.fingerprint, "model": shared.checksum(run.path)})
     cells_path = path.with_suffix(".cells.h5ad")
     outputs = [path, cells_path] if args.cells else [path]
     if not all(shared.is_current(output, made, args.force) for output in outputs):
         started = time.perf_counter()
-        means, blocks = predict_means(run, data, test, machine, args.cells)
+        means, blocks = predict_means(run, data, test, args)
         obs = {
             "condition": test.names,
             "subgroup": test.subgroups,
             "model": [run.name] * len(means),
             "seed": [run.seed] * len(means),
             "n_controls": [len(cells) for cells in test.controls]}
-        prepare.write_h5ad(path, made, means, obs, test.genes, describe(data, "predicted means"), test.ctrl)
+        write_h5ad(path, made, data, means, obs, "predicted means", test.ctrl)
         if args.cells:
-            write_predicted_cells(cells_path, made, run, blocks, data, test)
+            control = (run, prepare.CONTROL, data.X[data.ctrl_cells].toarray())
+            write_predicted_cells(cells_path, made, data, [control, *blocks])
         print(f"{run.name}, seed {run.seed}: predicted in {time.perf_counter() - started:.1f} s -> {path}")
     with shared.read_h5(path) as file:
         return file["X"][:]
 
 
-def write_predicted_cells(path, made, run, blocks, data, test):
-    """Write a run's predicted cells, blocks of (cells, G) in the order of the test conditions, below the
-    measured control cells."""
-    control = data.X[data.ctrl_cells][:, test.gene_idx].toarray()
-    labels = [prepare.CONTROL] * len(control)
-    for name, cells in zip(test.names, test.controls):
-        labels += [name] * len(cells)
-    X = np.concatenate([control, *blocks])
-    write_cells(path, made, data, X, labels, PREDICTED_CELLS, [run] * len(labels))
+def write_predicted_cells(path, made, data, blocks):
+    """Write the cells that runs predicted and those that they were predicted from, [(run, condition, cells
+    (n, G)), ...]."""
+    X = np.concatenate([cells[:, data.measured] for _, _, cells in blocks])
+    np.maximum(X, 0, out=X)  # models are linear at the end; readers refuse log-normalized values below 0
+    obs = {"condition": [], "model": [], "seed": []}
+    for run, condition, cells in blocks:
+        obs["condition"] += [condition] * len(cells)
+        obs["model"] += [run.name] * len(cells)
+        obs["seed"] += [run.seed] * len(cells)
+    write_cells(path, made, data, X, obs, "predicted cells below measured control cells")
 
 
-def describe(data, what):
-    """The description in an AnnData file."""
-    return f"{what}, log-normalized expression{synthetic(data)}"
+def write_cells(path, made, data, X, obs, what):
+    """Write cells X (cells, measured genes) with obs {column: values}, to which this adds target_gene: the
+    targets joined by +, or `ctrl`. cell-eval leaves these genes out of some scores."""
+    obs["target_gene"] = []
+    for label in obs["condition"]:
+        targets = [part for part in label.split("+") if part != prepare.CONTROL]
+        obs["target_gene"].append("+".join(targets) or prepare.CONTROL)
+    write_h5ad(path, made, data, X, obs, what)
 
 
-def write_cells(path, made, data, X, labels, what, runs=()):
-    """Write cells X (cells, G) with the label of each, and the run that predicted it.
-
-    target_gene, the targets joined by +, or `ctrl`: cell-eval leaves these genes out of some scores.
-    """
-    targets_of = [[part for part in label.split("+") if part != prepare.CONTROL] for label in labels]
-    target_genes = ["+".join(targets) or prepare.CONTROL for targets in targets_of]
-    obs = {"condition": labels, "target_gene": target_genes}
-    if runs:
-        np.maximum(X, 0, out=X)  # models are linear at the end; readers refuse log-normalized values below 0
-        obs |= {"model": [run.name for run in runs], "seed": [run.seed for run in runs]}
-    prepare.write_h5ad(path, made, X, obs, data.genes[data.measured], describe(data, what))
+def write_h5ad(path, made, data, X, obs, what, control=None):
+    """Write X over the measured genes as AnnData (see prepare.write_h5ad), saying what it is."""
+    description = f"{what}, log-normalized expression{synthetic(data)}"
+    prepare.write_h5ad(path, made, X, obs, data.genes[data.measured], description, control)
 
 
 def write_measured_cells(path, data, test, force):
     """Write the measured control cells and cells of the test conditions, to compare predicted ones with."""
     made = shared.made_from({}, {"dataset.h5": test.fingerprint})
     if not shared.is_current(path, made, force):
-        part = data.split[data.cell_condition]
-        cells = np.flatnonzero((part == "ctrl") | (part == "test"))
-        labels = data.conditions[data.cell_condition[cells]]
-        write_cells(path, made, data, data.X[cells][:, test.gene_idx], labels, "measured cells")
+        is_shown = np.isin(data.split, ["ctrl", "test"])[data.cell_condition]
+        X = data.X[np.flatnonzero(is_shown)][:, data.measured]
+        obs = {"condition": data.conditions[data.cell_condition[is_shown]]}
+        write_cells(path, made, data, X, obs, "measured cells")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -363,22 +373,29 @@ def trained_singles(data):
     return rows_of
 
 
-def baseline_means(data, targets):
+def baseline_means(data, targets, ridge_files={}):
     """Mean profiles that the deterministic baselines predict for each of P lists of targets (gene indices):
-    {name: (P, genes)}."""
+    {name: (P, genes)}. ridge_files: {source: file of vectors}."""
     mean = data.mean.astype(np.float64)
     ctrl, non_ctrl = mean[data.split == "ctrl"][0], mean[data.split == "train"].mean(0)
 
     # The profile of each single target that was trained on, over its labels (A+ctrl, ctrl+A)
     n_cells = np.bincount(data.cell_condition, minlength=len(data.conditions))
-    profile_of = {target: np.average(mean[rows], axis=0, weights=n_cells[rows])
-                  for target, rows in trained_singles(data).items()}
+    profile_of = {}
+    for target, rows in trained_singles(data).items():
+        profile_of[target] = np.average(mean[rows], axis=0, weights=n_cells[rows])
 
-    matching = [np.mean([profile_of.get(target, non_ctrl) for target in parts], 0) for parts in targets]
-    additive = [ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in parts) for parts in targets]
-    return {"non-ctrl-mean": np.tile(non_ctrl, (len(targets), 1)),
-            "no-change": np.tile(ctrl, (len(targets), 1)),
-            "matching-mean": np.stack(matching), "additive": np.stack(additive)}
+    matching, additive = [], []
+    for parts in targets:
+        matching.append(np.mean([profile_of.get(target, non_ctrl) for target in parts], axis=0))
+        additive.append(ctrl + sum(profile_of.get(target, ctrl) - ctrl for target in parts))
+    found = {"non-ctrl-mean": [non_ctrl] * len(targets), "no-change": [ctrl] * len(targets),
+             "matching-mean": matching, "additive": additive}
+    for source, path in ridge_files.items():
+        means = ridge_means(data, targets, path)
+        if means is not None:
+            found[f"ridge_{source}"] = means
+    return {name: np.asarray(means) for name, means in found.items()}
 
 
 def ridge_means(data, wanted, path):
@@ -389,41 +406,44 @@ def ridge_means(data, wanted, path):
     A target without a vector gets the mean of the training targets'. The penalty is the one with the lowest
     error on the validation conditions.
     """
-    genes, vectors = embed.read_embeddings(path)
-    row_of = {gene: row for row, gene in enumerate(genes)}
-    vector_row = np.array([row_of.get(gene, -1) for gene in data.genes] + [-1])  # the last: of target -1
-    has_vector = vector_row >= 0
-    trained = np.flatnonzero((data.split == "train") & has_vector[data.targets].any(1))
-    val = np.flatnonzero(data.split == "val")
-    if not len(trained):
+    vector_of = dict(zip(*embed.read_embeddings(path)))
+    trained, parts = [], []  # conditions of which a target has a vector, and their targets
+    train, val = np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "val")
+    for row, targets in zip(train, targets_at(data, train)):
+        if not vector_of.keys().isdisjoint(data.genes[targets]):
+            trained.append(row)
+            parts.append(targets)
+    if not trained:
         return None
+    seen = data.genes[np.unique(np.concatenate(parts))]
+    mean_vector = np.mean([vector_of[gene] for gene in seen if gene in vector_of], 0, dtype=np.float64)
 
     # x: what describes each condition, y: its mean profile
-    seen = np.unique(data.targets[trained])
-    mean_vector = vectors[vector_row[seen[has_vector[seen]]]].mean(0, dtype=np.float64)
-    of_gene = np.where(has_vector[:, None], vectors[vector_row], mean_vector)
-    of_gene[-1] = 0
-    x, y = of_gene[data.targets].sum(1), data.mean.astype(np.float64)
-    x_wanted = np.stack([of_gene[targets].sum(0) for targets in wanted])
-    x_mean, y_mean = x[trained].mean(0), y[trained].mean(0)
-    xc, yc = x[trained] - x_mean, y[trained] - y_mean
+    x, x_val, x_wanted = (sum_vectors(data.genes, targets, vector_of, mean_vector)
+                          for targets in (parts, targets_at(data, val), wanted))
+    y, y_val = data.mean[trained].astype(np.float64), data.mean[val].astype(np.float64)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
 
     # Ridge in its dual form: the matrix has as many rows as conditions, however wide the vectors are
-    eigenvalues, basis = np.linalg.eigh(xc @ xc.T)
+    eigenvalues, basis = np.linalg.eigh(x @ x.T)
     eigenvalues = np.maximum(eigenvalues, 0)
     lowest, best = math.inf, None
     for penalty in RIDGE_PENALTIES * max(eigenvalues.mean(), 1e-12):
-        weights = xc.T @ (basis @ ((basis.T @ yc) / (eigenvalues + penalty)[:, None]))  # (width, genes)
-        error = ((y_mean + (x[val] - x_mean) @ weights - y[val]) ** 2).mean() if len(val) else penalty
+        weights = x.T @ (basis @ ((basis.T @ y) / (eigenvalues + penalty)[:, None]))  # (width, genes)
+        error = ((y_mean + (x_val - x_mean) @ weights - y_val) ** 2).mean() if len(val) else penalty
         if error < lowest:
             lowest, best = error, y_mean + (x_wanted - x_mean) @ weights
     return best
 
 
-def ridge_profiles(data, wanted, ridge_files):
-    """{"ridge_<source>": (P, genes)} of the sources that have a vector of a training target."""
-    found = {f"ridge_{source}": ridge_means(data, wanted, path) for source, path in ridge_files.items()}
-    return {name: means for name, means in found.items() if means is not None}
+def sum_vectors(genes, wanted, vector_of, default):
+    """The sum of the targets' vectors (width,), for each of n lists of targets (gene indices): (n, width)."""
+    sums = np.zeros((len(wanted), len(default)))
+    for i, targets in enumerate(wanted):
+        for gene in genes[targets]:
+            sums[i] += vector_of.get(gene, default)
+    return sums
 
 
 def halves(data, rows, draw):
@@ -441,13 +461,13 @@ def halves(data, rows, draw):
 def all_baselines(data, test, ridge_files):
     """Yield the profiles of every baseline, as `compare` takes them. ridge_files: {source: file of vectors}.
     """
-    wanted = targets_at(data, test.rows)
-    for name, means in (baseline_means(data, wanted) | ridge_profiles(data, wanted, ridge_files)).items():
-        yield name, "", means[:, test.gene_idx], test.true
+    measured = data.measured
+    for name, means in baseline_means(data, targets_at(data, test.rows), ridge_files).items():
+        yield name, "", means[:, measured], test.true
     for draw in range(N_DRAWS):
-        yield "random", draw, random_means(data, test.rows, draw)[:, test.gene_idx], test.true
+        yield "random", draw, random_means(data, test.rows, draw)[:, measured], test.true
     for draw in range(N_DRAWS):
-        half, other_half = halves(data, test.rows, draw)[:, :, test.gene_idx]
+        half, other_half = halves(data, test.rows, draw)[:, :, measured]
         yield CEILING, draw, half, other_half
 
 
@@ -469,16 +489,17 @@ def read_external(item, data, test, args):
         with shared.read_h5(h5ad) as file:
             genes, _ = prepare.find_genes(file, args)
             labels, label_of_cell = prepare.read_column(file["obs"], "condition")
-        column = {gene: i for i, gene in enumerate(prepare.unique_names(genes))}
-        missing = [gene for gene in test.genes if gene not in column]
+        column_of = positions(prepare.unique_names(genes))
+        missing = [gene for gene in test.genes if gene not in column_of]
         if missing:
             sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: "
                      f"{shown(missing, 3)}; it has {shown(genes, 3)}")
         blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
-        means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
+        means = label_means(blocks, label_of_cell, len(labels), len(genes))
 
+    means = means[:, [column_of[gene] for gene in test.genes]]
     mean_of, notations = {}, label_notations(set(data.genes), args)
-    for label, mean in zip(labels, means[:, [column[gene] for gene in test.genes]]):
+    for label, mean in zip(labels, means):
         with contextlib.suppress(ValueError):  # a label that is no condition
             mean_of[frozenset(parse_perturbation(label, notations))] = mean
     profiles = np.full(test.true.shape, np.nan)
@@ -489,34 +510,31 @@ def read_external(item, data, test, args):
         sys.exit(f"error: {path}: obs/condition has none of the {len(test.rows)} test conditions, such as "
                  f"{test.names[0]!r}, or NaN in all of them")
     print(f"{name}: {len(found)} of the {len(test.rows)} test conditions are in {path}")
-    check_values(found, is_whole, test.ctrl, path)
+    check_values(found, test.ctrl, path)
     return name, "", profiles, test.true
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks;
-    and whether all values are whole numbers."""
-    cells = np.flatnonzero(label_of_cell >= 0)
-    is_of_label = sparse.csc_matrix((np.ones(len(cells)), (label_of_cell[cells], cells)),
-                                    shape=(n_labels, len(label_of_cell)))
-    sums, is_whole = np.zeros((n_labels, n_genes)), True
+    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks."""
+    every_cell = np.arange(len(label_of_cell))
+    is_of_label = sparse.csc_matrix((np.ones(len(every_cell)), (label_of_cell, every_cell)),
+                                    shape=(n_labels, len(every_cell)))
+    sums = np.zeros((n_labels, n_genes))
     for cells, X in blocks:
         sums += (is_of_label[:, cells] @ X).toarray()
-        is_whole = is_whole and bool((X.data == np.round(X.data)).all())
     with np.errstate(invalid="ignore"):
-        return sums / np.asarray(is_of_label.sum(axis=1)), is_whole
+        return sums / np.asarray(is_of_label.sum(axis=1))
 
 
-def check_values(profiles, is_whole, ctrl, path):
-    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale.
-
-    is_whole: whether all values were whole numbers; ctrl (G,): the dataset's control profile.
-    """
+def check_values(profiles, ctrl, path):
+    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale. ctrl
+    (G,): the dataset's control profile."""
     is_near_zero = (profiles ** 2).mean() < ((profiles - ctrl) ** 2).mean()
+    is_whole = (profiles == np.round(profiles)).all()
     if profiles.min() < -1 or (profiles.min() < 0 and is_near_zero):
         looks_like = "values around 0, as changes and z-scores have"
-    elif profiles.max() > prepare.LARGEST_LOG or is_whole:
-        looks_like = f"{'whole ' * is_whole}values up to {profiles.max():,.0f}, as counts have"
+    elif profiles.max() > prepare.USUAL_LOG or is_whole:
+        looks_like = f"{'whole ' if is_whole else ''}values up to {profiles.max():,.0f}, as counts have"
     else:
         ratio = np.expm1(profiles).sum(1).mean() / np.expm1(ctrl).sum()
         if not 0.5 < ratio < 2:
@@ -535,9 +553,13 @@ def score(name, seed, predicted, true, test):
     scored = np.flatnonzero(np.isfinite(predicted + true).all(1))
     scores = metrics.evaluate(predicted[scored], true[scored], test.ctrl, test.de_idx[scored])
     scores |= metrics.evaluate_specific(predicted[scored], true[scored], test.perturbed_mean)
-    rows = [(name, seed, test.names[p], test.subgroups[p], metric, float(scores[metric][i]))
-            for i, p in enumerate(scored) for metric in METRICS]
-    return [row for row in rows if not math.isnan(row[-1])]  # centroid accuracy of a single condition
+    rows = []
+    for i, p in enumerate(scored):
+        for metric in METRICS:
+            value = float(scores[metric][i])
+            if not math.isnan(value):  # centroid accuracy of a single condition
+                rows.append((name, seed, test.names[p], test.subgroups[p], metric, value))
+    return rows
 
 
 def summarize(rows):
@@ -547,18 +569,28 @@ def summarize(rows):
     for name, seed, _, subgroup, metric, value in rows:
         for group in dict.fromkeys(["all", subgroup or "all"]):
             by_seed.setdefault((name, group, metric), {}).setdefault(seed, []).append(value)
-    return {key: (*metrics.interval95([np.mean(values) for values in seeds.values()]), len(seeds))
-            for key, seeds in by_seed.items()}
+    summary = {}
+    for key, seeds in by_seed.items():
+        means = [np.mean(values) for values in seeds.values()]
+        summary[key] = (*metrics.interval95(means), len(means))
+    return summary
 
 
 def by_condition(rows, metric):
     """{model: {condition: mean over seeds}} of one metric."""
-    values = {}
+    found = {}
     for name, _, condition, _, of_metric, value in rows:
         if of_metric == metric:
-            values.setdefault(name, {}).setdefault(condition, []).append(value)
-    return {name: {condition: np.mean(of_seeds) for condition, of_seeds in of_name.items()}
-            for name, of_name in values.items()}
+            found.setdefault(name, {}).setdefault(condition, []).append(value)
+    for values in found.values():
+        for condition, of_seeds in values.items():
+            values[condition] = np.mean(of_seeds)
+    return found
+
+
+def n_above(values, others):
+    """In how many conditions a value is above the other one, {condition: value} each."""
+    return sum(value > others.get(condition, math.inf) for condition, value in values.items())
 
 
 def write_csv(path, header, rows):
@@ -570,26 +602,26 @@ def write_csv(path, header, rows):
             writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in row)
 
 
-def compare(profiles, models, test):
-    """Score profiles, (model, seed, predicted (P, G), true (P, G)) each, and decide which of the trained
-    models and other methods `models` may be called best, as a namespace.
+def compare(profiles, baselines, test):
+    """Score the profiles of models (trained ones and other methods) and of baselines, (model, seed, predicted
+    (P, G), true (P, G)) each, and decide which model may be called best, as a namespace.
 
-    rows, summary: see `score` and `summarize`; names: all that has scores; unranked: {model: why it is not
-    ranked}; found_first: {model: share of the conditions (3,) whose own prediction is among the first 1, 5,
-    10 guesses of the reverse question, mean over seeds}, by chance at the end; models.
+    rows, summary: see `score` and `summarize`; names: all that has scores; models: their names; unranked:
+    {model: why it is not ranked}; found_first: {model: share of the conditions (3,) whose own prediction is
+    among the first 1, 5, 10 guesses of the reverse question, mean over seeds}, by chance at the end.
     """
     rows, shares = [], {}
-    for name, seed, predicted, true in profiles:
+    for name, seed, predicted, true in itertools.chain(profiles, baselines):
         rows += score(name, seed, predicted, true, test)
         if np.isfinite(predicted + true).all():
             found = metrics.found_among(predicted, true, test.ctrl, TOP_K)
             shares.setdefault(name, []).append(found.mean(0))
+    models = list(dict.fromkeys(name for name, *_ in profiles))
     errors, unranked = by_condition(rows, "mse_all"), {}
     for name in models:
-        n_better = sum(error < errors["no-change"][condition] for condition, error in errors[name].items())
         if len(errors[name]) < len(test.rows):
             unranked[name] = f"predictions of only {len(errors[name])} of the {len(test.rows)} conditions"
-        elif n_better < len(test.rows) / 2:
+        elif n_above(errors["no-change"], errors[name]) < len(test.rows) / 2:
             unranked[name] = "MSE over all genes above that of no-change on most conditions"
     found_first = {name: np.mean(of_seeds, axis=0) for name, of_seeds in shares.items()}
     found_first["chance"] = np.minimum(np.divide(TOP_K, len(test.rows)), 1)
@@ -604,14 +636,11 @@ def number(mean, half_width=math.nan, metric=MAIN_METRIC):
     """`0.665 ± 0.010`; squared errors, which may be small, with three significant digits."""
     if math.isnan(mean):
         return ""
-    digits = 3
-    size = np.fmax(abs(mean), half_width)  # the larger, or the one that is not NaN
-    if metric.startswith("mse") and 0 < size < 0.1:
-        digits = min(2 - math.floor(math.log10(size)), 7)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half_width) else f" ± {half_width:.{digits}f}")
+    form, half_form = ("#.3g", "#.2g") if metric.startswith("mse") else (".3f", ".3f")
+    return f"{mean:{form}}" + ("" if math.isnan(half_width) else f" ± {half_width:{half_form}}")
 
 
-def value_of(outcome, name, group, metric):
+def value_of(outcome, name, group="all", metric=MAIN_METRIC):
     """Mean and half width of a model's interval; NaN where it has none."""
     return outcome.summary.get((name, group, metric), (math.nan, math.nan))[:2]
 
@@ -627,13 +656,18 @@ def markdown_table(header, rows):
 
 def marked_column(outcome, group, metric):
     """A column: each model's number, of those that are ranked the best in bold, the second in italics."""
-    texts = {name: number(*value_of(outcome, name, group, metric), metric) for name in outcome.names}
-    printed = {name: float(text.split()[0]) for name, text in texts.items()
-               if text and name != CEILING and name not in outcome.unranked}
-    ranked = sorted(set(printed.values()), reverse=not metric.startswith("mse"))
+    texts, values = {}, {}
+    for name in outcome.names:
+        text = number(*value_of(outcome, name, group, metric), metric)
+        texts[name] = text
+        if text and name not in (CEILING, *outcome.unranked):
+            values[name] = float(text.split()[0])  # as printed: equal numbers look equal
+    ranked = sorted(set(values.values()), reverse=not metric.startswith("mse"))
     mark_of = dict(zip(ranked, ("**", "*")))
-    marks = [mark_of.get(printed.get(name), "") for name in texts]
-    return [f"{mark}{text}{mark}" for mark, text in zip(marks, texts.values())]
+    for name, value in values.items():
+        mark = mark_of.get(value, "")
+        texts[name] = f"{mark}{texts[name]}{mark}"
+    return list(texts.values())
 
 
 def paper_rows(text, columns=slice(None)):
@@ -647,11 +681,10 @@ def paper_rows(text, columns=slice(None)):
 
 def table_with_paper(names, columns, paper, paper_header):
     """A Markdown table of {heading: column}, a row per model, with the paper's own figures at its right."""
-    header = ["model", *columns]
-    rows = [[name, *cells] for name, *cells in zip(names, *columns.values())]
+    header, rows = ["model", *columns], list(zip(names, *columns.values()))
     if paper:
         header += [f"paper: {heading}" for heading in paper_header]
-        rows = [row + paper.get(row[0], [""] * len(paper_header)) for row in rows]
+        rows = [(*row, *paper.get(row[0], [""] * len(paper_header))) for row in rows]
     return markdown_table(header, rows)
 
 
@@ -663,7 +696,7 @@ def table_by_subgroup(outcome, groups, metric, paper):
 
 def best_of(names, outcome):
     """The one of these models with the highest main metric; None if there are none."""
-    return max(names, key=lambda name: value_of(outcome, name, "all", MAIN_METRIC)[0], default=None)
+    return max(names, key=lambda name: value_of(outcome, name)[0], default=None)
 
 
 def best_model(outcome):
@@ -673,6 +706,7 @@ def best_model(outcome):
 
 
 def best_baseline(outcome):
+    """The best one of the baselines, without the ceiling."""
     return best_of([name for name in outcome.names if name not in (*outcome.models, CEILING)], outcome)
 
 
@@ -687,30 +721,29 @@ def verdict(outcome):
     # The rivals, and in how many conditions the best model is better than each
     variant, comma, labels = best.partition(",")
     shuffled = f"{variant}-shuffled{comma}{labels}"
-    candidates = ["non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
-    rivals = [name for name in dict.fromkeys(candidates) if name != best and name in outcome.names]
-    pearson = {name: value_of(outcome, name, "all", MAIN_METRIC) for name in (best, *rivals)}
-    mse = {name: value_of(outcome, name, "all", "mse_top20") for name in (best, *rivals)}
+    candidates = [best, "non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
+    names = [name for name in dict.fromkeys(candidates) if name in outcome.names]
     values = by_condition(outcome.rows, MAIN_METRIC)
     table = []
-    for name in pearson:
-        both = values[best].keys() & values[name].keys()
-        n_better = sum(values[best][condition] > values[name][condition] for condition in both)
-        table.append([name, number(*pearson[name]), number(*mse[name], "mse"),
-                      "" if name == best else f"{n_better} of {len(values[best])}"])
-    header = ["model", "Pearson Δ top 20", "MSE top 20", f"{best} better in"]
+    for name in names:
+        n_better = f"{n_above(values[best], values[name])} of {len(values[best])}" if name != best else ""
+        mse = number(*value_of(outcome, name, metric="mse_top20"), "mse")
+        table.append([name, number(*value_of(outcome, name)), mse, n_better])
 
     # In words
-    above = [name for name in rivals if pearson[name][0] >= pearson[best][0]]
+    pearson, _ = value_of(outcome, best)
+    above = [name for name in names if name != best and value_of(outcome, name)[0] >= pearson]
     beats = "does NOT beat" if "non-ctrl-mean" in above else "beats"
     text = (f"By Pearson Δ on the top 20 genes, the best model, {best} ({table[0][1]}), {beats} the mean of "
             f"the training perturbations ({table[1][1]}).")
-    if mse[best][0] > mse["non-ctrl-mean"][0]:
+    mse, mse_of_mean = (value_of(outcome, name, metric="mse_top20")[0] for name in (best, "non-ctrl-mean"))
+    if mse > mse_of_mean:
         text += " Its squared error on these genes is larger, though."
     if above:
         text += f" It is not above {' and '.join(above)}."
     if any(outcome.summary[run.name, "all", MAIN_METRIC][2] < 2 for run in outcome.runs):
         text += " One seed has no interval: train several (04 --seed 42 23 89) before you trust a gap."
+    header = ["model", "Pearson Δ top 20", "MSE top 20", f"{best} better in"]
     return text + reasons, markdown_table(header, table)
 
 
@@ -795,9 +828,11 @@ def write_report(path, args, data, test, outcome):
     paper = paper_rows(PAPER, PAPER_COLUMNS[args.dataset]) if args.dataset in PAPER_COLUMNS else {}
     paper_by_subgroup = paper_rows(PAPER_BY_SUBGROUP) if args.dataset == "norman" else {}
     found = [[name, *(f"{share:.2f}" for share in shares)] for name, shares in outcome.found_first.items()]
-    runs = [[run.name, run.seed, run.config.get("best_epoch", "–"),
-             number(run.config.get("best_val_mse", math.nan)), run.config.get("n_parameters", "–"),
-             shared.checksum(run.path)] for run in outcome.runs]
+    runs = []
+    for run in outcome.runs:
+        best_mse = number(run.config.get("best_val_mse", math.nan), metric="mse")
+        runs.append([run.name, run.seed, run.config.get("best_epoch", "–"), best_mse,
+                     run.config.get("n_parameters", "–"), shared.checksum(run.path)])
     report = REPORT.format(
         dataset=args.dataset,
         synthetic=SYNTHETIC if data.synthetic else "",
@@ -837,7 +872,7 @@ def print_table(outcome, test, data):
         header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in groups)]
         rows = [["(conditions)", *(test.groups[group] for group in groups)]]
         for name in names:
-            values = [number(*value_of(outcome, name, group, MAIN_METRIC)[:n_values]) for group in groups]
+            values = [number(*value_of(outcome, name, group)[:n_values]) for group in groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
             rows.append([variant, *values])
             rows += [[f"  {label}", *([""] * len(groups))] for label in labels]
@@ -855,13 +890,15 @@ def print_table(outcome, test, data):
 
 def draw_split(path, data, title):
     """Draw the conditions of the split by subgroup (the paper's Figure 7)."""
-    n_bars = len(set(zip(data.split, data.subgroup))) - 1  # none for the control cells
-    figure = shared.new_figure(6.5, 0.6 + 0.35 * n_bars, title)
-    axes = figure.subplots()
+    labels, sizes, colors = [], [], []
     for part, color in zip(("train", "val", "test"), shared.COLORS):
-        groups = count_subgroups(data.subgroup[data.split == part])
-        labels = [f"{part} {group.replace('_', ' ')}".strip() for group in groups]
-        axes.bar_label(axes.barh(labels, list(groups.values()), color=color), padding=3)
+        for group, n in count_subgroups(data.subgroup[data.split == part]).items():
+            labels.append(f"{part} {group.replace('_', ' ')}".strip())
+            sizes.append(n)
+            colors.append(color)
+    figure = shared.new_figure(6.5, 0.6 + 0.35 * len(labels), title)
+    axes = figure.subplots()
+    axes.bar_label(axes.barh(labels, sizes, color=colors), padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("conditions")
     shared.save_figure(figure, path)
@@ -884,9 +921,7 @@ def draw_bars(path, outcome, groups, title):
     names = [name for name in outcome.names if name not in ridges or name == best_of(ridges, outcome)]
     figure = shared.new_figure(np.clip(1.2 + 0.22 * len(names) * len(groups), 6.5, 30), 7.5, title)
     upper, lower = figure.subplots(2, 1)
-    upper.set_ylabel("Pearson Δ, top 20 DE genes")
     draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
-    lower.set_ylabel("MSE, top 20 DE genes")
     draw_bar_panel(lower, outcome, names, groups, "mse_top20")
 
     # Intervals over two seeds can be huge: clip the axes
@@ -902,33 +937,37 @@ def draw_bar_panel(axes, outcome, names, groups, metric):
     others = [name for name in names if name not in outcome.models]
     x, width = np.arange(len(groups)), 0.85 / len(names)
     for i, name in enumerate(names):
-        means, half_widths = np.transpose([value_of(outcome, name, group, metric) for group in groups])
-        axes.bar(x + (i - (len(names) - 1) / 2) * width, means, 0.94 * width, label=name, capsize=2,
-                 yerr=half_widths, error_kw={"lw": 1}, **bar_style(name, outcome.models, others))
+        values = [value_of(outcome, name, group, metric) for group in groups]
+        means, half_widths = np.transpose(values)
+        place = x + (i - (len(names) - 1) / 2) * width
+        axes.bar(place, means, 0.94 * width, yerr=half_widths, label=name, capsize=2, error_kw={"lw": 1},
+                 **bar_style(name, outcome.models, others))
     axes.axhline(0, color="black", lw=0.8)
+    axes.set_ylabel(f"{METRICS[metric]} DE genes")
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks(x, [group.replace("_", " ") for group in groups])
 
 
-def draw_scatter(path, name, outcome, profiles, test):
-    """Draw a model's predicted against the measured change of every gene, the top 20 in colour, for nine test
-    conditions from the one that it predicts best to the worst."""
-    predicted = np.mean([of_seed for model_name, _, of_seed, _ in profiles if model_name == name], axis=0)
-    of_condition = by_condition(outcome.rows, MAIN_METRIC)[name]
-    pearson = np.array([of_condition[condition] for condition in test.names])
-    order = np.argsort(-pearson, kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(9, len(order))).astype(int)]
-    n_rows = math.ceil(len(chosen) / 3)
+def draw_scatter(path, name, predicted, outcome, test):
+    """Draw a model's predicted (P, G) against the measured change of every gene, the top 20 in colour, for
+    nine test conditions from the one that it predicts best to the worst."""
+    pearson_of = by_condition(outcome.rows, MAIN_METRIC)[name]
+    order = sorted(pearson_of, key=pearson_of.get, reverse=True)
+    places = np.linspace(0, len(order) - 1, min(9, len(order))).astype(int)
+    n_rows = math.ceil(len(places) / 3)
     title = f"{name}: change of each gene, top 20 in colour\nfrom the best to the worst predicted condition"
     figure = shared.new_figure(9, 0.8 + 2.8 * n_rows, title)
-    for place, i in enumerate(chosen, 1):
+    idx_of = positions(test.names)
+    for panel, place in enumerate(places, 1):
+        condition = order[place]
+        i = idx_of[condition]
         x, y = test.true[i] - test.ctrl, predicted[i] - test.ctrl
         top = test.de_idx[i][test.de_idx[i] >= 0]
-        axes = figure.add_subplot(n_rows, 3, place)
+        axes = figure.add_subplot(n_rows, 3, panel)
         axes.axline((0, 0), slope=1, color="black", lw=0.5)
         axes.scatter(x, y, s=4, color=shared.GREY)
         axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
-        axes.set_title(f"{test.names[i]}: Pearson Δ {pearson[i]:.2f}", fontsize=9)
+        axes.set_title(f"{condition}: Pearson Δ {pearson_of[condition]:.2f}", fontsize=9)
     figure.supxlabel("measured change")
     figure.supylabel("predicted change")
     shared.save_figure(figure, path)
@@ -960,7 +999,7 @@ def add_legend(figure, n_columns=4):
 # --predict: which perturbations, in which cells
 
 def read_perturbations(args, data):
-    """The perturbations of --predict, {name: [gene, ...]}. Genes that the dataset lacks join it."""
+    """The perturbations of --predict, {name: [gene index, ...]}. Genes that the dataset lacks join it."""
     labels = []
     for item in args.predict:
         if item == "all-singles":
@@ -984,7 +1023,7 @@ def read_perturbations(args, data):
                 raise ValueError("nothing is perturbed")
             for gene in genes:
                 if gene not in known:  # ten are shown, and looking for a likely name takes a while
-                    raise ValueError(nearest(gene, data.genes, vocab) if len(problems) < 10 else "unknown")
+                    raise ValueError(nearest(gene, known) if len(problems) < 10 else "unknown")
             wanted.setdefault(frozenset(genes), genes)  # A+B and B+A are one
         except ValueError as error:
             problems.append(f"{label!r} ({error})")
@@ -995,9 +1034,14 @@ def read_perturbations(args, data):
             advice = "; --skip-unknown goes on without them" if wanted else ""
             sys.exit(f"error: --predict: {message}{advice}")
         print(f"left out: {message}")
-    wanted = {"+".join(genes): genes for genes in wanted.values()}
-    add_genes(data, wanted, vocab)
-    return wanted
+    add_genes(data, list(itertools.chain(*wanted.values())), vocab)
+    idx_of = positions(data.genes)
+    return {"+".join(genes): [idx_of[gene] for gene in genes] for genes in wanted.values()}
+
+
+def positions(names):
+    """{name: its position}"""
+    return {name: i for i, name in enumerate(names)}
 
 
 def label_notations(known, args):
@@ -1019,65 +1063,56 @@ def parse_perturbation(label, notations):
 
 def read_vocab(args, data):
     """The vocabulary {symbol: token_id} that the dataset was made with; empty where it is not at hand."""
-    path = args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json"
-    if path.exists() and shared.fingerprint(path) == data.vocab:
-        return shared.read_json(path, int)
-    if args.vocab:
-        sys.exit(f"error: --vocab {path}: not the vocabulary that the dataset was made with")
-    return {}
+    path = args.root / "data" / "human" / "scgpt" / "vocab.json"
+    is_at_hand = path.exists() and shared.fingerprint(path) == data.vocab
+    return shared.read_json(path, int) if is_at_hand else {}
 
 
-def nearest(gene, genes, vocab):
-    """What an unknown gene may have meant, in any case: names of the dataset, or else of the vocabulary."""
-    for names in (genes, vocab):
-        name_of = {name.upper(): name for name in names}
-        found = difflib.get_close_matches(gene.upper(), name_of, 1)
-        if found:
-            return f"did you mean {name_of[found[0]]}?"
-    return "nothing comes near"
+def nearest(gene, known):
+    """What an unknown gene may have meant, in any case."""
+    name_of = {name.upper(): name for name in known}
+    found = difflib.get_close_matches(gene.upper(), name_of, 1)
+    return f"did you mean {name_of[found[0]]}?" if found else "nothing comes near"
 
 
-def add_genes(data, wanted, vocab):
-    """Let genes that the dataset lacks join it as unmeasured ones, listed in data.new_genes."""
-    used = dict.fromkeys(itertools.chain.from_iterable(wanted.values()))
+def add_genes(data, targets, vocab):
+    """Let those of the targets [gene, ...] that the dataset lacks join it as unmeasured genes."""
     known = set(data.genes)
-    data.new_genes = [gene for gene in used if gene not in known]
-    if data.new_genes:
-        n = len(data.new_genes)
-        print(f"not in the dataset, added as unmeasured genes: {shown(data.new_genes)}")
-        data.genes = np.append(data.genes, data.new_genes)
-        data.token_ids = np.append(data.token_ids, [vocab[gene] for gene in data.new_genes])
-        data.measured = np.pad(data.measured, (0, n))
-        data.mean = np.pad(data.mean, ((0, 0), (0, n)))
+    new = [gene for gene in dict.fromkeys(targets) if gene not in known]
+    if new:
+        print(f"not in the dataset, added as unmeasured genes: {shown(new)}")
+        data.genes = np.append(data.genes, new)
+        data.token_ids = np.append(data.token_ids, [vocab[gene] for gene in new])
+        data.measured = np.pad(data.measured, (0, len(new)))
+        data.mean = np.pad(data.mean, ((0, 0), (0, len(new))))
         data.X.shape = len(data.cell_condition), len(data.genes)
-    without_token = [gene for gene in data.genes[data.token_ids == data.pad_id] if gene in used]
+    without_token = set(targets) & set(data.genes[data.token_ids == data.pad_id])
     if without_token:
-        print(f"not in the vocabulary, so that models cannot tell them apart: {shown(without_token)}")
+        print(f"not in the vocabulary, so that models cannot tell them apart: {shown(sorted(without_token))}")
 
 
 def add_language(net, run, data, args):
-    """Give a model the language vectors of data.new_genes, from the files that its run was trained with."""
-    if not data.new_genes or not net.config.languages:
+    """Give a model the language vectors of genes that joined the dataset, from the files that its run was
+    trained with."""
+    if not net.config.languages:
         return
-    new = zip(data.new_genes, data.token_ids[-len(data.new_genes):])
-    token_of = {gene: token_id for gene, token_id in new if net.language_rows[token_id] < 0}
-    if not token_of:  # a released model has a row for the whole vocabulary
+    is_new = net.language_rows.numpy()[data.token_ids] < 0  # none in a released model
+    if not is_new.any():
         return
+    genes, vectors = data.genes[is_new], {}
     files = run.config.get("embeddings", {})
-    vectors = {}
     for source in net.config.languages:
         if source not in files:
-            sys.exit(f"error: --predict: {run.path} has no vector for {shown(list(token_of))}; name its run, "
+            sys.exit(f"error: --predict: {run.path} has no vector for {shown(genes)}; name its run, "
                      "not its file")
         folder = args.root / "data" / shared.space_of(args.dataset) / "embeddings"
-        genes, of_genes = embed.read_embeddings(folder / files[source])
-        row_of = {gene: row for row, gene in enumerate(genes)}
-        without = [gene for gene in token_of if gene not in row_of]
+        vector_of = dict(zip(*embed.read_embeddings(folder / files[source])))
+        without = [gene for gene in genes if gene not in vector_of]
         if without:
             sys.exit(f"error: --predict: {files[source]} has no vector for {shown(without)}, needed by "
                      f"{run.name}; choose other models with --run")
-        vectors[source] = of_genes[[row_of[gene] for gene in token_of]]
-    net.add_language(list(token_of.values()), vectors)
+        vectors[source] = np.stack([vector_of[gene] for gene in genes])
+    net.add_language(data.token_ids[is_new], vectors)
 
 
 def read_own_cells(path, args, data):
@@ -1088,20 +1123,21 @@ def read_own_cells(path, args, data):
     """
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
         X, genes = prepare.read_cells(h5ad, args)
-    column_of = {gene: column for column, gene in enumerate(genes)}
+    column_of = positions(genes)
     columns = np.array([column_of.get(gene, -1) for gene in data.genes])
     in_common = data.measured & (columns >= 0)
-    summary = (f"{path}: {X.shape[0]:,} cells; {in_common.sum():,} of the dataset's {data.measured.sum():,} "
-               "measured genes are in it")
-    if not in_common.any():
+    n_genes, n_common = data.measured.sum(), in_common.sum()
+    summary = f"{path}: {X.shape[0]:,} cells; {n_common:,} of the {n_genes:,} measured genes are in it"
+    if not n_common:
         sys.exit(f"error: {summary}; see --gene-key and --upper-case")
     print(summary)
-    if in_common.sum() < data.measured.sum() / 2:
+    if n_common < n_genes / 2:
         print("warning: fewer than half of the genes: predictions rest on these few", file=sys.stderr)
 
     X = X[:, columns[in_common]]
     control = data.X[data.ctrl_cells[:1000]][:, in_common]
-    wanted_total, total = [np.median(prepare.cell_totals(cells.expm1())) for cells in (control, X)]
+    wanted_total = np.median(prepare.cell_totals(control.expm1()))
+    total = np.median(prepare.cell_totals(X.expm1()))
     if total > 0 and not 0.9 < total / wanted_total < 1.1:
         print(f"{path}: its cells sum to {total / wanted_total:.2f} times what the dataset's do: scaled to "
               "those")
@@ -1110,54 +1146,38 @@ def read_own_cells(path, args, data):
 
 
 def choose_cells(data, wanted, args):
-    """The cells to predict from, drawn from the screen's control cells or from --controls-from, as a
-    namespace: control (N, G) their expression, baseline (G,) its mean; data, the dataset over these genes,
-    ctrl (G,) the mean of its own control cells; screen, the whole dataset, gene_idx (G,) the genes' places in
-    it, and conditions_of (see conditions_by_targets).
+    """Draw the cells to predict from, out of the screen's control cells or of --controls-from. Returns the
+    dataset with: control (N, G), their expression, and control_mean (G,); seen, the genes that models see
+    (indices); ctrl (G,), the mean of the screen's control cells; conditions_of {set of targets: [condition,
+    ...]}, with A+ctrl and ctrl+A as one.
 
-    Of a file's genes those count that the dataset has, too, and the targets, of expression 0 without it.
+    Of a file's genes those count that the dataset has, too: data.measured. Models also see the targets, of
+    expression 0 where the file lacks them.
     """
     rng = training.random_stream("predict", args.seed)
     n_cells = args.controls or N_FIGURE_CONTROLS
-    if not args.controls_from:
-        kept = np.ones(len(data.genes), dtype=bool)
-        chosen = data
-        control = data.X[rng.choice(data.ctrl_cells, n_cells)].toarray()
+    if args.controls_from:
+        X, data.measured = read_own_cells(args.controls_from, args, data)
+        data.seen = np.union1d(np.flatnonzero(data.measured), list(itertools.chain(*wanted.values())))
+        data.control = np.zeros((n_cells, len(data.genes)), dtype=np.float32)
+        data.control[:, data.measured] = X[rng.choice(X.shape[0], n_cells)].toarray()
     else:
-        X, in_common = read_own_cells(args.controls_from, args, data)
-        kept = in_common | np.isin(data.genes.astype(str), list(itertools.chain(*wanted.values())))
-        chosen = keep_genes(data, kept)
-        chosen.measured = in_common[kept]
-        control = np.zeros((n_cells, kept.sum()), dtype=np.float32)
-        control[:, chosen.measured] = X[rng.choice(X.shape[0], n_cells)].toarray()
-    return SimpleNamespace(screen=data, gene_idx=np.flatnonzero(kept), data=chosen, control=control,
-                           baseline=control.mean(0, dtype=np.float64),
-                           ctrl=chosen.mean[data.split == "ctrl"][0].astype(np.float64),
-                           conditions_of=conditions_by_targets(data))
-
-
-def conditions_by_targets(data):
-    """{set of targets: [condition, ...]}: the rows of a dataset's conditions, A+ctrl and ctrl+A as one."""
-    found = {}
+        data.seen = np.arange(len(data.genes))
+        data.control = data.X[rng.choice(data.ctrl_cells, n_cells)].toarray()
+    data.control_mean = data.control.mean(0, dtype=np.float64)
+    data.ctrl = data.mean[data.split == "ctrl"][0].astype(np.float64)
+    data.conditions_of = {}
     for condition, targets in enumerate(targets_at(data, range(len(data.conditions)))):
-        found.setdefault(frozenset(data.genes[targets]), []).append(condition)
-    return found
-
-
-def keep_genes(data, kept):
-    """The dataset, without its X, over some of its genes, a mask (G,)."""
-    new_idx = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # the last entry serves -1, "no gene"
-    by_gene = {"genes": data.genes[kept], "token_ids": data.token_ids[kept], "measured": data.measured[kept],
-               "mean": data.mean[:, kept], "targets": new_idx[data.targets], "de_idx": new_idx[data.de_idx]}
-    return SimpleNamespace(**(vars(data) | by_gene | {"X": None}))
+        data.conditions_of.setdefault(frozenset(targets), []).append(condition)
+    return data
 
 
 # ----------------------------------------------------------------------------------------------------------
 # --predict: predicting
 
-def predict_wanted(wanted, cells, runs, ridge_files, args, machine, folder=None):
-    """Predict the wanted perturbations, {name: [gene, ...]}, in the cells of choose_cells. Returns the runs,
-    and baselines as runs of path None. Each has
+def predict_wanted(wanted, data, runs, ridge_files, args, folder=None):
+    """Predict the wanted perturbations in the cells of choose_cells. Returns the runs, and baselines as runs
+    of path None. Each has
 
     changes {name: (G,) float32}: the mean change from the cells predicted from, by the wanted perturbations,
     the single targets of pairs and, in a trained run, "" (nothing is perturbed). What a baseline says nothing
@@ -1166,29 +1186,32 @@ def predict_wanted(wanted, cells, runs, ridge_files, args, machine, folder=None)
 
     With `folder`, the changes of trained runs lie there on disk, where the same command finds them again.
     """
-    genes_of = wanted | {gene: [gene] for genes in wanted.values() for gene in genes}
+    targets_of = dict(wanted)
+    for targets in wanted.values():
+        for target in targets:
+            targets_of.setdefault(data.genes[target], [target])
     keep = wanted if args.cells or len(wanted) <= MOST_FIGURES else {}
-    names, baselines = named_baselines(args), []
+    names, baselines = [item for item in args.run if is_baseline(item)], []
     if names or not runs:  # first, since a wrong name costs only seconds here
-        baselines = baseline_runs(names, ridge_files, genes_of, keep, cells)
-    predict_changes(runs, genes_of | {"": []}, keep, cells, args, machine, folder)
+        baselines = baseline_runs(names, ridge_files, targets_of, keep, data)
+    predict_changes(runs, targets_of | {"": []}, keep, data, args, folder)
     runs = runs + baselines
     if not any(name in run.changes for run in runs for name in wanted):
         sys.exit(f"error: --run {' '.join(names)}: says nothing of {shown(list(wanted))}")
     n_models = len({run.name for run in runs})
-    print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(cells.control)}")
+    print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(data.control)}")
     return runs
 
 
-def stored_changes(run, genes_of, cells, folder):
+def stored_changes(run, targets_of, data, folder):
     """The array (perturbations, G) for the changes that a run predicts, 0 where nothing was predicted yet: in
     memory, or in a file of `folder` (run.stored) that is named after what decides them. What a call that was
     interrupted leaves there stays until the same call is finished."""
-    zeros = np.zeros((len(genes_of), len(cells.data.genes)), dtype=np.float32)
+    zeros = np.zeros((len(targets_of), len(data.genes)), dtype=np.float32)
     if folder is None:
         return zeros
-    inputs = repr([list(cells.data.genes), genes_of, shared.checksum(run.path)])
-    digest = hashlib.sha256(cells.control.tobytes() + inputs.encode()).hexdigest()
+    inputs = repr([list(data.genes[data.seen]), targets_of, shared.checksum(run.path)])
+    digest = hashlib.sha256(data.control.tobytes() + inputs.encode()).hexdigest()
     run.stored = folder / f".{run.name}.seed{run.seed}.{digest[:16]}.npy"
     if not run.stored.exists():
         with shared.replacing(run.stored) as partial, open(partial, "wb") as file:
@@ -1196,64 +1219,62 @@ def stored_changes(run, genes_of, cells, folder):
     return np.asarray(np.load(run.stored, mmap_mode="r+"))
 
 
-def predict_changes(runs, genes_of, keep, cells, args, machine, folder):
-    """Predict the changes by {name: [gene, ...]} with trained runs, and the cells of the names in `keep`."""
-    data = cells.data
-    gene_idx = {gene: i for i, gene in enumerate(data.genes)}
+def predict_changes(runs, targets_of, keep, data, args, folder):
+    """Predict the changes by {name: targets} with trained runs, and the cells of the names in `keep`."""
+    seen = data.seen
+    control = data.control.take(seen, axis=1)
     for run in runs:  # all files before the first prediction: a full disk is noticed before the hours
-        run.changes = dict(zip(genes_of, stored_changes(run, genes_of, cells, folder)))
+        run.changes = dict(zip(targets_of, stored_changes(run, targets_of, data, folder)))
         run.cells = {}
-    progress = tqdm(total=len(runs) * len(genes_of), unit=" predictions", leave=False, disable=None)
+    progress = tqdm(total=len(runs) * len(targets_of), unit=" predictions", leave=False, disable=None)
     for run in runs:
         net = load_model(run.path, data)
         add_language(net, run, data, args)
-        net.to(machine.device)
+        net.to(args.device)
         for name, change in run.changes.items():
             progress.update()
-            if change.all() and name not in keep:  # by an earlier command, which was interrupted
+            if change[seen].all() and name not in keep:  # by an earlier command, which was interrupted
                 continue
-            target_idx = [gene_idx[gene] for gene in genes_of[name]]
-            predicted = predict_cells(net, run.path, data, cells.control, target_idx, machine)
-            change[:] = predicted.mean(0, dtype=np.float64) - cells.baseline
+            target_idx = np.searchsorted(seen, targets_of[name])
+            predicted = data.control.copy()
+            predicted[:, seen] = predict_cells(net, run.path, data.token_ids[seen], control, target_idx, args)
+            change[:] = predicted.mean(0, dtype=np.float64) - data.control_mean
             if name in keep:
                 run.cells[name] = predicted
     progress.close()
 
 
-def baseline_runs(names, ridge_files, genes_of, keep, cells):
+def baseline_runs(names, ridge_files, targets_of, keep, data):
     """Baselines as runs: those with the names, or all. Each predicts the change from the mean of the screen's
-    control cells by {name: [gene, ...]}; its cells are those predicted from with this change added."""
-    data = cells.screen
-    gene_idx = {gene: i for i, gene in enumerate(data.genes)}
-    targets = [np.array([gene_idx[gene] for gene in genes]) for genes in genes_of.values()]
+    control cells by {name: targets}; its cells are those predicted from with this change added."""
+    targets = list(targets_of.values())
     if names:
         ridge_files = {source: path for source, path in ridge_files.items() if f"ridge_{source}" in names}
-    profiles = baseline_means(data, targets) | ridge_profiles(data, targets, ridge_files)
+    profiles = baseline_means(data, targets, ridge_files)
     del profiles["no-change"]
     singles = trained_singles(data).keys()
-    new = [name for name, target_idx in zip(genes_of, targets) if singles.isdisjoint(target_idx)]
+    new = [name for name in targets_of if singles.isdisjoint(targets_of[name])]
     runs = []
     for model_name in names or profiles:
         if model_name not in profiles:
             sys.exit(f"error: --run {model_name}: its source has no vectors of any training target here")
-        table = profiles[model_name][:, cells.gene_idx] - cells.ctrl
-        changes = dict(zip(genes_of, table.astype(np.float32)))
+        changes = dict(zip(targets_of, (profiles[model_name] - data.ctrl).astype(np.float32)))
         if model_name in ("additive", "matching-mean") and new:
             print(f"{model_name} says nothing of {shown(new)}: never perturbed alone in training")
             for name in new:
                 del changes[name]
-        own_cells = {name: cells.control + changes[name] for name in keep if name in changes}
+        own_cells = {name: data.control + changes[name] for name in keep if name in changes}
         runs.append(SimpleNamespace(name=model_name, seed=0, path=None, changes=changes, cells=own_cells))
     return runs
 
 
 def changes_of(runs, name):
-    """{model: (runs, G)}: the changes by a perturbation, of the models that say something of it."""
+    """{model: (runs, G) float64}: the changes by a perturbation, of the models that say something of it."""
     found = {}
     for run in runs:
         if name in run.changes:
             found.setdefault(run.name, []).append(run.changes[name])
-    return {model_name: np.stack(changes) for model_name, changes in found.items()}
+    return {model_name: np.array(changes, dtype=np.float64) for model_name, changes in found.items()}
 
 
 def list_predictions(wanted, runs):
@@ -1268,47 +1289,41 @@ def predict(*words):
     Returns a dict of arrays: condition, model and seed (n,), genes (G,), control (G,) the mean of the cells
     predicted from, delta (n, G) the predicted mean change.
     """
-    args, data, runs, ridge_files, machine = set_up(parse_arguments(words))
+    args, data, runs, ridge_files = set_up(parse_arguments(words))
     wanted = read_perturbations(args, data)
-    cells = choose_cells(data, wanted, args)
-    runs = predict_wanted(wanted, cells, runs, ridge_files, args, machine)
+    data = choose_cells(data, wanted, args)
+    runs = predict_wanted(wanted, data, runs, ridge_files, args)
     conditions, models, seeds, changes = map(np.array, list_predictions(wanted, runs))
-    return {"condition": conditions, "model": models, "seed": seeds, "genes": cells.data.genes,
-            "control": cells.baseline, "delta": changes}
+    return {"condition": conditions, "model": models, "seed": seeds, "genes": data.genes[data.seen],
+            "control": data.control_mean[data.seen], "delta": changes[:, data.seen]}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # --predict: what it writes
 
-def predict_perturbations(args, data, runs, ridge_files, machine):
+def predict_perturbations(args, data, runs, ridge_files):
     """Predict the perturbations of --predict with every model; write to predicted/<--name>/."""
-    folder = args.root / "results" / args.dataset / "predicted" / args.name
+    folder = args.results / "predicted" / args.name
     wanted = read_perturbations(args, data)
-    cells = choose_cells(data, wanted, args)
-    goal = read_goal(cells, args) if args.towards else None  # a mistake in it would cost hours of predictions
-    all_runs = predict_wanted(wanted, cells, runs, ridge_files, args, machine, folder)
+    data = choose_cells(data, wanted, args)
+    goal = read_goal(data, args) if args.towards else None  # a mistake in it would cost hours of predictions
+    all_runs = predict_wanted(wanted, data, runs, ridge_files, args, folder)
     for old in [*folder.glob("*.png"), folder / "predicted.cells.h5ad", folder / "towards.csv"]:
         old.unlink(missing_ok=True)
 
-    effects = sorted(find_effects(wanted, all_runs, cells), key=lambda effect: -effect.effect_rms)
+    effects = sorted(find_effects(wanted, all_runs, data), key=lambda effect: -effect.effect_rms)
     write_csv(folder / "predicted.csv", Effect._fields, effects)
     header = ("condition", "model", "gene", "control", "predicted", "delta", "interval", "measured_delta")
-    write_csv(folder / "predicted_genes.csv", header, gene_rows(wanted, all_runs, cells))
-    write_predicted(folder, wanted, all_runs, cells, args)
+    write_csv(folder / "predicted_genes.csv", header, gene_rows(wanted, all_runs, data))
+    write_predicted(folder, wanted, all_runs, data, args)
     has_figures = len(wanted) <= MOST_FIGURES
     if has_figures:
-        for name, genes in wanted.items():
-            draw_perturbation(folder, name, genes, all_runs, cells)
-    draw_heatmap(folder / "heatmap.png", effects, all_runs, cells)
-    warn_of_likeness(wanted, runs, cells)
+        for name, targets in wanted.items():
+            draw_perturbation(folder, name, targets, all_runs, data)
+    draw_heatmap(folder / "heatmap.png", effects, all_runs, data)
+    warn_of_likeness(wanted, runs, data)
     if goal:
-        change, targets = goal
-        answers = rank_towards(change, wanted, all_runs, args)
-        write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"),
-                  [(model_name, rank, *row) for model_name, ranked in answers.items()
-                   for rank, row in enumerate(ranked, 1)])
-        print_towards(answers, targets, wanted, args)
-        draw_towards(folder / "towards.png", answers, data, args)
+        answer_towards(folder, goal, wanted, all_runs, data, args)
     else:
         print_effects(wanted, effects)
     if runs and not args.run:
@@ -1325,22 +1340,23 @@ def print_effects(wanted, effects):
     """Print what each model predicts of a few perturbations; of a long list ten that nobody has measured."""
     effects = [effect for effect in effects if "-shuffled" not in effect.model]
     if len(wanted) <= MOST_FIGURES:
-        effects.sort(key=lambda effect: list(wanted).index(effect.condition))
-        for header, group in itertools.groupby(effects, "{0.condition} (measured: {0.measured})".format):
-            print(header)
-            for effect in group:
+        for name in wanted:
+            of_name = [effect for effect in effects if effect.condition == name]
+            if of_name:
+                print(f"{name} (measured: {of_name[0].measured})")
+            for effect in of_name:
                 top = " ".join(effect.top_genes.split()[:5])
                 print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
         return
 
-    new = [effect for effect in effects if effect.measured == "no"] or effects
-    order = "the size of the effect"
+    new = [effect for effect in effects if effect.measured == "no"]
+    order = "by the size of the effect"
     if any(effect.priority > 0 for effect in new):
-        order = "priority (size of the effect x disagreement of the models)"
+        order = "by priority (size of the effect x disagreement of the models)"
         new.sort(key=lambda effect: -np.nan_to_num(effect.priority))
-    print(f"{'not measured yet, ' * (new[0].measured == 'no')}by {order}:")
+    print(f"not measured yet, {order}:" if new else f"all of them measured, {order}:")
     largest = {}  # {perturbation: its largest effect}, in this order
-    for effect in new:
+    for effect in new or effects:
         largest.setdefault(effect.condition, effect)
     for name, effect in list(largest.items())[:10]:
         print(f"  {name}: effect {effect.effect_rms:.4f} by {effect.model}")
@@ -1365,132 +1381,121 @@ def pair_correlations(changes):
 
 
 def root_mean_square(changes, data):
-    """The size of changes (runs, G) over the measured genes: (runs,)."""
-    return np.sqrt((changes[:, data.measured].astype(np.float64) ** 2).mean(-1))
+    """The size of changes (..., G) over the measured genes: (...)."""
+    return np.sqrt((changes[..., data.measured].astype(np.float64) ** 2).mean(-1))
 
 
-def interactions(name, genes, runs, data):
-    """How much a pair does beyond what its single targets do: {model: root mean square, mean over its runs},
-    of the models that say something of all of them. Each change is less what is predicted for no
-    perturbation."""
-    together, nothing, *singles = [changes_of(runs, part) for part in (name, "", *genes)]
-    found = {}
-    for model_name, change in together.items():
-        if all(model_name in single for single in singles):
-            of_nothing = nothing.get(model_name, 0)  # 0: a baseline
-            alone = sum(single[model_name] - of_nothing for single in singles)
-            found[model_name] = float(root_mean_square(change - of_nothing - alone, data).mean())
-    return found
+def interaction(model_name, name, targets, runs, data):
+    """How much a pair does beyond what its single targets do, as a model says: root mean square, mean over
+    its runs; NaN for what is no pair, and if it says nothing of a target. Each change is less what is
+    predicted for no perturbation."""
+    singles, sizes = data.genes[targets], []
+    for run in runs:
+        if run.name == model_name and len(singles) > 1 and run.changes.keys() >= set(singles):
+            of_nothing = run.changes.get("", 0)  # 0: a baseline
+            alone = sum(run.changes[single] - of_nothing for single in singles)
+            sizes.append(root_mean_square(run.changes[name] - of_nothing - alone, data))
+    return float(np.mean(sizes)) if sizes else math.nan
 
 
 Effect = namedtuple("Effect", ("condition", "model", "measured", "n_seeds", "effect_rms", "interval",
                                "interaction_rms", "disagreement", "priority", "top_genes"))
 
 
-def find_effects(wanted, runs, cells):
+def find_effects(wanted, runs, data):
     """Yield the rows of predicted.csv.
 
     measured: the part of the split that the perturbation is in, or `no`. effect_rms: root mean square of the
-    change over the measured genes. interaction_rms, for pairs: see `interactions`. disagreement: 1 less the
-    correlation of two models' changes, mean over the pairs of models; NaN for a single one. priority: mean
-    effect_rms of the models, times disagreement: a large effect that they disagree on is worth measuring
-    next. Both leave shuffled controls out.
+    change over the measured genes. interaction_rms: see `interaction`. disagreement: 1 less the correlation
+    of two models' changes, mean over the pairs of models; NaN for a single one. priority: mean effect_rms of
+    the models, times disagreement: a large effect that they disagree on is worth measuring next. Both leave
+    shuffled controls out.
     """
-    data = cells.data
-    for name, genes in wanted.items():
+    for name, targets in wanted.items():
         changes = changes_of(runs, name)
-        means = {model_name: of_runs.mean(0, dtype=np.float64) for model_name, of_runs in changes.items()}
-        sizes = {model_name: metrics.interval95(root_mean_square(of_runs, data))
-                 for model_name, of_runs in changes.items()}  # {model: (effect_rms, interval)}
-        conditions = cells.conditions_of.get(frozenset(genes))
-        part = data.split[conditions[0]] if conditions else "no"
-
+        sizes = {model_name: root_mean_square(of_runs, data) for model_name, of_runs in changes.items()}
         rivals = [model_name for model_name in changes if "-shuffled" not in model_name]
         disagreement = priority = math.nan
         if len(rivals) > 1:
-            correlations = pair_correlations([means[model_name][data.measured] for model_name in rivals])
-            disagreement = float((1 - correlations).mean())
-            priority = float(np.mean([sizes[model_name][0] for model_name in rivals])) * disagreement
+            means = [changes[model_name].mean(0)[data.measured] for model_name in rivals]
+            disagreement = float((1 - pair_correlations(means)).mean())
+            priority = float(np.mean([sizes[model_name].mean() for model_name in rivals])) * disagreement
 
-        interaction_of = interactions(name, genes, runs, data) if len(genes) > 1 else {}
-        for model_name, mean in means.items():
+        conditions = data.conditions_of.get(frozenset(targets))
+        part = data.split[conditions[0]] if conditions else "no"
+        for model_name, of_runs in changes.items():
+            mean = of_runs.mean(0)
             top = " ".join(f"{data.genes[g]}:{mean[g]:+.3f}" for g in most_changed(mean, data, 10))
-            yield Effect(name, model_name, part, len(changes[model_name]), *sizes[model_name],
-                         interaction_of.get(model_name, math.nan), disagreement, priority, top)
+            size, interval = metrics.interval95(sizes[model_name])
+            yield Effect(name, model_name, part, len(of_runs), size, interval,
+                         interaction(model_name, name, targets, runs, data), disagreement, priority, top)
 
 
-def gene_rows(wanted, runs, cells):
+def gene_rows(wanted, runs, data):
     """Yield the rows of predicted_genes.csv: the genes that change most, by each perturbation and model."""
-    data = cells.data
-    for name, genes in wanted.items():
+    for name, targets in wanted.items():
         measured = np.full(len(data.genes), math.nan)
-        if conditions := cells.conditions_of.get(frozenset(genes)):
-            measured = data.mean[conditions].mean(0) - cells.ctrl
+        if conditions := data.conditions_of.get(frozenset(targets)):
+            measured = data.mean[conditions].mean(0) - data.ctrl
         for model_name, changes in changes_of(runs, name).items():
-            for g in most_changed(changes.mean(0, dtype=np.float64), data):
-                value, half_width = metrics.interval95(changes[:, g])
-                control = float(cells.baseline[g])
-                yield (name, model_name, data.genes[g], control, control + value, value, half_width,
+            for g in most_changed(changes.mean(0), data):
+                delta, half_width = metrics.interval95(changes[:, g])
+                control = float(data.control_mean[g])
+                yield (name, model_name, data.genes[g], control, control + delta, delta, half_width,
                        float(measured[g]))
 
 
-def write_predicted(folder, wanted, runs, cells, args):
+def write_predicted(folder, wanted, runs, data, args):
     """Write predicted.h5ad, a mean profile per perturbation and run, and with --cells predicted.cells.h5ad:
     each run's predicted cells below the cells that they were predicted from."""
-    data, measured = cells.data, cells.data.measured
-    made = shared.made_from({"controls": len(cells.control), "seed": args.seed},
+    made = shared.made_from({"controls": len(data.control), "seed": args.seed},
                             {f"{run.name}, seed {run.seed}": shared.checksum(run.path)
                              for run in runs if run.path})
     conditions, models, seeds, changes = list_predictions(wanted, runs)
-    control = cells.baseline[measured].astype(np.float32)
-    profiles = (control + change[measured] for change in changes)
-    prepare.write_h5ad(folder / "predicted.h5ad", made, profiles,
-                       {"condition": conditions, "model": models, "seed": seeds}, data.genes[measured],
-                       describe(data, "predicted means"), control)
-    if not args.cells:
-        return
-    blocks, labels, run_of = [], [], []
-    for run in runs:
-        for name, predicted in {prepare.CONTROL: cells.control, **run.cells}.items():
-            blocks.append(predicted[:, measured])
-            labels += [name] * len(predicted)
-            run_of += [run] * len(predicted)
-    write_cells(folder / "predicted.cells.h5ad", made, data, np.concatenate(blocks), labels, PREDICTED_CELLS,
-                run_of)
+    obs = {"condition": conditions, "model": models, "seed": seeds}
+    control = data.control_mean[data.measured].astype(np.float32)
+    profiles = (control + change[data.measured] for change in changes)
+    write_h5ad(folder / "predicted.h5ad", made, data, profiles, obs, "predicted means", control)
+    if args.cells:
+        blocks = []
+        for run in runs:
+            blocks.append((run, prepare.CONTROL, data.control))
+            blocks += [(run, name, predicted) for name, predicted in run.cells.items()]
+        write_predicted_cells(folder / "predicted.cells.h5ad", made, data, blocks)
 
 
-def warn_of_likeness(wanted, runs, cells):
+def warn_of_likeness(wanted, runs, data):
     """Print a warning for a trained run that predicts nearly the same change for all perturbations."""
     if len(wanted) < 2:
         return
     for run in runs:
-        changes = np.stack([run.changes[name] for name in list(wanted)[:200]])
-        likeness = np.median(pair_correlations(changes[:, cells.data.measured]))
+        changes = [run.changes[name][data.measured] for name in list(wanted)[:200]]
+        likeness = np.median(pair_correlations(changes))
         if likeness > 0.99:
             print(f"warning: {run.name}, seed {run.seed} predicts nearly the same change for all of these "
                   f"(median correlation {likeness:.3f}): it hardly tells them apart", file=sys.stderr)
 
 
-def draw_heatmap(path, effects, runs, cells):
+def draw_heatmap(path, effects, runs, data):
     """Draw the changes that the first model predicts: the perturbations of the largest effects x the genes
     that change most, both in the order of a hierarchical clustering. Of fewer than three nothing is drawn."""
-    data, model_name = cells.data, runs[0].name
-    names = np.array([effect.condition for effect in effects if effect.model == model_name][:60])
+    model_name = runs[0].name
+    names = [effect.condition for effect in effects if effect.model == model_name][:60]
     if len(names) < 3:
         return
-    changes = np.stack([changes_of(runs, name)[model_name].mean(0, dtype=np.float64) for name in names])
+    changes = np.stack([changes_of(runs, name)[model_name].mean(0) for name in names])
     genes = most_changed(np.abs(changes).max(0), data, 40)
     changes = changes[:, genes]  # (perturbations, genes)
-    rows, columns = (hierarchy.leaves_list(hierarchy.linkage(table, "average"))
-                     for table in (changes, changes.T))
+    rows = hierarchy.leaves_list(hierarchy.linkage(changes, "average"))
+    columns = hierarchy.leaves_list(hierarchy.linkage(changes.T, "average"))
     limit = np.abs(changes).max() or 1
 
     title = f"change of expression that {model_name} predicts{synthetic(data)}"
     figure = shared.new_figure(9, max(3, 1.5 + 0.16 * len(names)), title)
     axes = figure.subplots()
     image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(genes)), data.genes[genes][columns], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), names[rows], fontsize=7)
+    axes.set_xticks(range(len(genes)), data.genes[genes[columns]], rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), [names[row] for row in rows], fontsize=7)
     figure.colorbar(image, label="change of log-normalized expression", shrink=0.8)
     shared.save_figure(figure, path)
 
@@ -1500,26 +1505,27 @@ def synthetic(data):
     return " (SYNTHETIC data)" if data.synthetic else ""
 
 
-def draw_perturbation(folder, name, genes, runs, cells):
+def draw_perturbation(folder, name, targets, runs, data):
     """Draw how the top genes of one perturbation change in cells: as measured, if it was, and as each model
     predicts (the paper's Figures 8 and 9)."""
-    data = cells.data
     series = {}  # {label: [(cells, G), ...]}, the changes of cells, an array a run
-    if conditions := cells.conditions_of.get(frozenset(genes)):
-        measured = cells.screen.X[np.flatnonzero(np.isin(data.cell_condition, conditions))]
-        series["measured"] = [measured[:, cells.gene_idx].toarray() - cells.ctrl]
+    conditions = data.conditions_of.get(frozenset(targets))
+    if conditions:
+        measured = data.X[np.flatnonzero(np.isin(data.cell_condition, conditions))]
+        series["measured"] = [measured.toarray() - data.ctrl]
     for run in runs:
         if name in run.cells:
-            series.setdefault(run.name, []).append(run.cells[name] - cells.baseline)
+            series.setdefault(run.name, []).append(run.cells[name] - data.control_mean)
     if not series:
         return
+    series = {label: np.concatenate(blocks) for label, blocks in series.items()}
     if conditions:
         top = data.de_idx[conditions[0]]
-        top = top[top >= 0]
+        top = top[(top >= 0) & data.measured[top]]
         words = "that are most differentially expressed, measured and predicted"
     else:
         first = next(iter(series))
-        top = most_changed(np.concatenate(series[first]).mean(0), data)
+        top = most_changed(series[first].mean(0), data)
         words = f"that change most as {first} predicts; not measured"
 
     figure = shared.new_figure(
@@ -1536,15 +1542,15 @@ def draw_perturbation(folder, name, genes, runs, cells):
 
 
 def draw_boxes(axes, series, top):
-    """Draw a box for each gene of `top` and label of {label: [(cells, G), ...]}, what is measured in grey."""
+    """Draw a box for each gene of `top` and label of {label: (cells, G)}, what is measured in grey."""
     colors = itertools.cycle(shared.COLORS)
     width = 0.8 / len(series)
-    for i, (label, blocks) in enumerate(series.items()):
+    for i, (label, changes) in enumerate(series.items()):
         color = shared.GREY if label == "measured" else next(colors)
         x = np.arange(len(top)) + (i - (len(series) - 1) / 2) * width
         diamond = {"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
                    "markeredgewidth": 0.5}
-        boxes = axes.boxplot(np.concatenate(blocks)[:, top], positions=x, widths=0.9 * width,
+        boxes = axes.boxplot(changes[:, top], positions=x, widths=0.9 * width,
                              showfliers=False, patch_artist=True, showmeans=True, manage_ticks=False,
                              medianprops={"color": "black"}, meanprops=diamond, boxprops={"facecolor": color})
         boxes["boxes"][0].set_label(label)  # for the legend
@@ -1553,25 +1559,38 @@ def draw_boxes(axes, series, top):
 # ----------------------------------------------------------------------------------------------------------
 # --towards: which perturbation leads to these cells
 
-def read_goal(cells, args):
+def answer_towards(folder, goal, wanted, runs, data, args):
+    """Rank the wanted perturbations by how near they lead to --towards: towards.csv, words and a figure.
+    goal: see read_goal."""
+    change, targets = goal
+    answers = rank_towards(change, wanted, runs, args)
+    rows = []
+    for model_name, ranked in answers.items():
+        rows += [(model_name, rank, *row) for rank, row in enumerate(ranked, 1)]
+    write_csv(folder / "towards.csv", ("model", "rank", "condition", "pearson", "distance"), rows)
+    print_towards(answers, targets, wanted, args)
+    draw_towards(folder / "towards.png", answers, data, args)
+
+
+def read_goal(data, args):
     """The change from the cells predicted from to the mean of those that --towards names, (G,), NaN where
     nothing is measured; and the set of their targets, None for cells from a file."""
-    data, targets = cells.data, None
+    targets = None
     with contextlib.suppress(ValueError):  # the name of a file
-        notations = label_notations(set(cells.screen.genes), args)
-        targets = frozenset(parse_perturbation(args.towards, notations))
-    if targets == frozenset():
-        sys.exit(f"error: --towards {args.towards}: no perturbation")
-    if conditions := cells.conditions_of.get(targets):
+        genes = parse_perturbation(args.towards, label_notations(set(data.genes), args))
+        if not genes:
+            sys.exit(f"error: --towards {args.towards}: no perturbation")
+        idx_of = positions(data.genes)
+        targets = frozenset(idx_of.get(gene) for gene in genes)
+    if conditions := data.conditions_of.get(targets):
         state = data.mean[conditions].mean(0, dtype=np.float64)
     elif Path(args.towards).is_file():
-        X, in_common = read_own_cells(Path(args.towards), args, cells.screen)
+        X, in_common = read_own_cells(Path(args.towards), args, data)
         targets, state = None, np.full(len(in_common), np.nan)
         state[in_common] = np.asarray(X.mean(axis=0)).ravel()
-        state = state[cells.gene_idx]
     else:
         sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
-    return np.where(data.measured, state - cells.baseline, np.nan), targets
+    return np.where(data.measured, state - data.control_mean, np.nan), targets
 
 
 def rank_towards(goal, wanted, runs, args):
@@ -1585,7 +1604,7 @@ def rank_towards(goal, wanted, runs, args):
     answers = {}
     for name in wanted:
         for model_name, changes in changes_of(runs, name).items():
-            change = changes.mean(0, dtype=np.float64)[counts]
+            change = changes.mean(0)[counts]
             likeness = float(pair_correlations([change, goal])[0])
             distance = float(np.linalg.norm(change - goal) / np.linalg.norm(goal))
             answers.setdefault(model_name, []).append((name, likeness, distance))
@@ -1616,10 +1635,11 @@ def draw_towards(path, answers, data, args):
     drawn = list(answers)[:3]
     title = f"perturbations that lead towards {args.towards}{synthetic(data)}"
     figure = shared.new_figure(4 * len(drawn), 4, title)
-    for axes, model_name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn):
-        best = answers[model_name][:10]
-        axes.barh(range(len(best)), [likeness for _, likeness, _ in best], color=shared.COLORS[0])
-        axes.set_yticks(range(len(best)), [name for name, *_ in best], fontsize=8)
+    for panel, model_name in enumerate(drawn, 1):
+        names, likeness, _ = zip(*answers[model_name][:10])
+        axes = figure.add_subplot(1, len(drawn), panel)
+        axes.barh(names, likeness, color=shared.COLORS[0])
+        axes.tick_params(axis="y", labelsize=8)
         axes.invert_yaxis()
         axes.set_title(model_name, fontsize="small")
         axes.set_xlabel("Pearson of the changes")
@@ -1631,9 +1651,9 @@ def draw_towards(path, answers, data, args):
 def parse_arguments(words=None):
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
     add = parser.add_argument
-    add("--run", nargs="+", metavar="NAME", help="runs by the name of their folder; model files, our own or "
-        "the authors', as FILE.pt or NAME=FILE.pt; released:VARIANT fetches what the authors fine-tuned on "
-        "norman or adamson; for --predict also baselines: ridge_<source>, "
+    add("--run", nargs="+", default=[], metavar="NAME", help="runs by the name of their folder; model files, "
+        "our own or the authors', as FILE.pt or NAME=FILE.pt; released:VARIANT fetches what the authors "
+        "fine-tuned on norman or adamson; for --predict also baselines: ridge_<source>, "
         f"{', '.join(FOR_ANY_TARGET)} (default: all finished runs; --predict without any: all baselines)")
     add("--external", nargs="+", default=[], metavar="NAME=FILE.h5ad", help="predictions of another method: "
         "obs column condition, X predicted expression per cell or per condition")
@@ -1648,12 +1668,11 @@ def parse_arguments(words=None):
     add("--name", default="last", help="folder of what --predict finds (default: last)")
     add("--cells", action="store_true", help="also write every predicted cell, below the control cells, as "
         "*.cells.h5ad (they have to fit into memory)")
-    add("--vocab", type=Path, metavar="FILE", help="vocab.json, for targets of --predict that the dataset "
-        "lacks (default: data/human/scgpt/vocab.json)")
-    add("--controls", type=shared.positive, metavar="N", help="control cells a condition (default: as many as it has "
-        f"cells; --predict: {N_FIGURE_CONTROLS})")
+    add("--controls", type=shared.positive, metavar="N", help="control cells a condition (default: as many "
+        f"as it has cells; --predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=shared.seed, default=42, metavar="N", help="draws the control cells (default: 42)")
-    add("--batch-size", type=shared.positive, metavar="N", help="cells at a time (default: what suits the device)")
+    add("--batch-size", type=shared.positive, metavar="N",
+        help="cells at a time (default: what suits the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(None if words is None else list(map(str, words)))
     if args.towards and not args.predict:
@@ -1672,33 +1691,33 @@ def check_names(runs, ridge_files, external):
     """End the run where two models would have the same name in the tables."""
     names = [*BASELINES, CEILING, *(f"ridge_{source}" for source in ridge_files)]
     names += [item.split("=")[0] for item in external]
-    names += dict.fromkeys(run.name for run in runs)
+    names += {run.name for run in runs}
     names += [f"{run.name}, seed {run.seed}" for run in runs]
-    clash = [name for name in names if names.count(name) > 1]
-    if clash:
-        sys.exit(f"error: two models are called {clash[0]}; rename one: --run NAME=FILE.pt, "
+    name, n = Counter(names).most_common(1)[0]
+    if n > 1:
+        sys.exit(f"error: two models are called {name}; rename one: --run NAME=FILE.pt, "
                  "--external NAME=FILE.h5ad")
 
 
-def evaluate(args, data, runs, ridge_files, machine):
+def evaluate(args, data, runs, ridge_files):
     """Compare all models and baselines on the held-out conditions; write tables, figures and report."""
-    results = args.root / "results" / args.dataset
+    results = args.results
     test = held_out(data, args)
     print(f"{len(test.rows)} test conditions, {len(test.genes):,} genes, {sum(map(len, test.controls)):,} "
           "control cells to predict from")
 
     # Mean profiles: (model, seed, predicted (P, G), true (P, G)); first those that may be in error
     external = [read_external(item, data, test, args) for item in args.external]
-    profiles = [(run.name, run.seed, predict_run(run, args, data, test, machine), test.true) for run in runs]
+    profiles = [(run.name, run.seed, predict_run(run, args, data, test), test.true) for run in runs]
     profiles += external
-    models = list(dict.fromkeys(name for name, *_ in profiles))
-    outcome = compare(itertools.chain(profiles, all_baselines(data, test, ridge_files)), models, test)
+    outcome = compare(profiles, all_baselines(data, test, ridge_files), test)
     outcome.runs, outcome.ridge_files = runs, ridge_files
 
     header = ("model", "seed", "condition", "subgroup", "metric", "value")
     write_csv(results / "metrics.csv", header, outcome.rows)
-    write_csv(results / "summary.csv", ("model", "subgroup", "metric", "mean", "interval", "n_seeds"),
-              [(*key, *value) for key, value in outcome.summary.items()])
+    header = ("model", "subgroup", "metric", "mean", "interval", "n_seeds")
+    rows = [(*key, *value) for key, value in outcome.summary.items()]
+    write_csv(results / "summary.csv", header, rows)
     if args.cells:
         write_measured_cells(results / "predictions" / "measured.cells.h5ad", data, test, args.force)
     label = args.dataset + synthetic(data)
@@ -1706,8 +1725,9 @@ def evaluate(args, data, runs, ridge_files, machine):
     draw_bars(results / "subgroups.png", outcome, list(test.groups), f"{label}: held-out "
               "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
     if best := best_model(outcome):
-        draw_scatter(results / "scatter.png", best, outcome, profiles, test)
-    if logged := [run for run in runs if run.config and run.path.with_name("log.csv").exists()]:
+        predicted = np.mean([of_seed for name, _, of_seed, _ in profiles if name == best], axis=0)
+        draw_scatter(results / "scatter.png", best, predicted, outcome, test)
+    if logged := [run for run in runs if run.config]:
         draw_training(results / "training.png", logged, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
 
@@ -1719,9 +1739,9 @@ def evaluate(args, data, runs, ridge_files, machine):
 def print_next(args, data, runs):
     """Print commands that may come next."""
     if not runs:
-        own = SimpleNamespace(dataset=args.dataset, root=args.root,
-                              vocab="none" if data.vocab == "own genes" else None)
-        print(f"next, to train: {prepare.next_command(own)}")
+        own_genes = "none" if data.vocab == "own genes" else None
+        words = SimpleNamespace(dataset=args.dataset, root=args.root, vocab=own_genes)
+        print(f"next, to train: {prepare.next_command(words)}")
     singles = data.genes[data.targets[data.subgroup == "unseen_single", 0]][:2]
     if len(singles) == 2:
         print(f"next: {shared.command('05_eval.py', args, '--predict', *singles, '+'.join(singles))}")
@@ -1732,27 +1752,27 @@ def print_next(args, data, runs):
 
 
 def set_up(args):
-    """What evaluation and prediction need: args, data, runs, ridge_files, machine."""
+    """What evaluation and prediction need: args, data, runs, ridge_files {source: file of vectors}."""
     dataset_path = args.root / "data" / args.dataset / "dataset.h5"
     data = prepare.load_dataset(dataset_path, shared.command("03_prepare_data.py", args))
     # For the ridge regressions: published + concat where there is a choice, else lsa rather than lsa-64
-    ridge_files = {source: files.get(("published", "concat")) or files[min(files)]
-                   for source, files in training.find_embeddings(args.root, args.dataset).items()}
+    ridge_files = {}
+    for source, files in training.find_embeddings(args.root, args.dataset).items():
+        ridge_files[source] = files.get(("published", "concat")) or files[min(files)]
     runs = find_models(args)
     check_names(runs, ridge_files, args.external)
-    device = training.choose_device(args.device)
-    autocast, _ = training.mixed_precision(device)
-    machine = SimpleNamespace(device=device, autocast=autocast, batch_size=args.batch_size)
-    print("device: {}, {}".format(*training.describe_device(device)))
-    return args, data, runs, ridge_files, machine
+    args.results = args.root / "results" / args.dataset
+    args.device = training.choose_device(args.device)
+    print("device: {}, {}".format(*training.describe_device(args.device)))
+    return args, data, runs, ridge_files
 
 
 def main():
-    args, data, runs, ridge_files, machine = set_up(parse_arguments())
+    args, data, runs, ridge_files = set_up(parse_arguments())
     if args.predict:
-        predict_perturbations(args, data, runs, ridge_files, machine)
+        predict_perturbations(args, data, runs, ridge_files)
     else:
-        evaluate(args, data, runs, ridge_files, machine)
+        evaluate(args, data, runs, ridge_files)
 
 
 if __name__ == "__main__":

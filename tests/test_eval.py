@@ -580,10 +580,10 @@ def test_all_singles_are_all_genes_without_a_figure_each_or_cells(results, root)
 def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(results, evaluation):
     for words, keeps in ((["DEMO001"], True), (["all-singles"], False), (["all-singles", "--cells"], True)):
         options = ("--root", results.root, "--run", "scgpt", "--controls", 1, "--predict", *words)
-        args, data, runs, ridge_files, machine = evaluation.set_up(evaluation.parse_arguments(options))
+        args, data, runs, ridge_files = evaluation.set_up(evaluation.parse_arguments(options))
         wanted = evaluation.read_perturbations(args, data)
         cells = evaluation.choose_cells(data, wanted, args)
-        for run in evaluation.predict_wanted(wanted, cells, runs, ridge_files, args, machine):
+        for run in evaluation.predict_wanted(wanted, cells, runs, ridge_files, args):
             assert run.changes.keys() == {*wanted, ""} and run.changes[""].shape == (128,)
             assert list(run.cells) == (list(wanted) if keeps else [])
 
@@ -727,7 +727,7 @@ def test_own_cells_without_a_gene_in_common_are_refused(root, own_cells, results
     results.prepare.write_h5ad(path, "{}", own_cells.log, {"condition": ["a"] * 40},
                                np.array([f"X{i}" for i in range(101)], dtype=object), "")
     error = error_of("05_eval.py", "--predict", "DEMO001", "--controls-from", path, root=root)
-    assert "0 of the dataset's 128 measured genes" in error
+    assert "0 of the 128 measured genes are in it" in error
 
 
 def test_perturbations_are_ranked_by_how_near_they_lead(results, evaluation, root):
@@ -819,8 +819,8 @@ def test_a_gene_that_the_dataset_lacks_joins_with_its_token_and_its_language_vec
     data = SimpleNamespace(genes=np.array(["A", "B"], dtype=object), token_ids=np.array([0, 1]), pad_id=3,
                            measured=np.ones(2, dtype=bool), mean=np.ones((1, 2)),
                            cell_condition=np.zeros(4), X=SimpleNamespace(shape=(4, 2)))
-    evaluation.add_genes(data, {"A+NEW": ["A", "NEW"]}, {"A": 0, "B": 1, "NEW": 2, "<pad>": 3})
-    assert data.new_genes == ["NEW"] and data.token_ids.tolist() == [0, 1, 2]
+    evaluation.add_genes(data, ["A", "NEW"], {"A": 0, "B": 1, "NEW": 2, "<pad>": 3})
+    assert data.genes.tolist() == ["A", "B", "NEW"] and data.token_ids.tolist() == [0, 1, 2]
     assert data.measured.tolist() == [True, True, False] and data.X.shape == (4, 3)
 
     vectors = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
@@ -841,7 +841,7 @@ def test_a_gene_that_the_dataset_lacks_joins_with_its_token_and_its_language_vec
 
 
 def test_a_model_file_names_the_genes_that_it_has_no_vector_for(evaluation):
-    data = SimpleNamespace(token_ids=np.array([0, 1, 2]), new_genes=["NEW"])
+    data = SimpleNamespace(token_ids=np.array([0, 1, 2]), genes=np.array(["A", "B", "NEW"]))
     run = SimpleNamespace(name="released", path="released.pt", config={})
     net = language_model(4)
     net.language_rows.copy_(torch.arange(4))
