@@ -26,7 +26,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import textwrap
 import time
 import zlib
 from pathlib import Path
@@ -228,8 +230,11 @@ def read_go(source, gaf, obo):
 # ----------------------------------------------------------------------------------------------------------
 # Human genes: the released texts, or fresh ones from NCBI and UniProt in the same form
 
-def ask_ncbi(tool, part, key, **params):
-    """The `part` of the JSON answer of one of NCBI's E-utilities, which has to have something under `key`.
+NOT_THE_FORM = (ValueError, KeyError, TypeError, AttributeError)  # what a parser raises for another form
+
+
+def ask_ncbi(tool, parse, **params):
+    """What `parse` finds in the JSON answer of one of NCBI's E-utilities, which has to be something.
 
     An overloaded service answers in another form, and is asked again. The API key travels in the body of the
     request and no redirect is followed, so that no message can quote it.
@@ -241,36 +246,51 @@ def ask_ncbi(tool, part, key, **params):
     for attempt in range(TRIES):
         time.sleep(pause + BACKOFF * (2 ** attempt - 1))
         with request(url, method="POST", data=params, allow_redirects=False) as response:
-            with contextlib.suppress(requests.RequestException, ValueError, KeyError, TypeError):
-                answer = response.json()[part]
-                if answer[key]:
-                    return answer
+            with contextlib.suppress(requests.RequestException, *NOT_THE_FORM):
+                if found := parse(response.json()):
+                    return found
     sys.exit(f"error: {address(url)}: not the answer that was asked for; the same command goes on from here")
+
+
+def parse_search(answer):
+    """The number of genes that were found, and the words that ask for them."""
+    found = answer["esearchresult"]
+    return int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
+
+
+def parse_genes(answer):
+    """[[symbol, summary], ...], None for what a gene does not have."""
+    genes = [answer["result"][uid] for uid in answer["result"]["uids"]]
+    return [[gene.get("name"), gene.get("summary")] for gene in genes]
 
 
 def fetch_summaries(path):
     """Write the summaries of human genes that NCBI has today, in the released form.
 
-    Each page of 500 genes is a file until the last has come, so that an interrupted run goes on there.
+    Each page of 500 genes, or of as many as came, is a file until the last has come, so that an interrupted
+    run goes on there.
     """
     with locked(path):
         if path.exists():
             return
         query = {"term": "9606[taxid] AND alive[prop]", "usehistory": "y", "retmax": 0}
-        found = ask_ncbi("esearch", "esearchresult", "count", **query)
-        n_genes, history = int(found["count"]), {"query_key": found["querykey"], "WebEnv": found["webenv"]}
+        n_genes, history = ask_ncbi("esearch", parse_search, **query)
 
         # The number of genes is in the names of the pages, since those of an earlier search may not fit
-        texts = {}
-        for first in tqdm(range(0, n_genes, 500), desc=path.name, unit=" pages", disable=None):
-            page = Path(f"{path}.{first}of{n_genes}.part")
+        texts, n_done = {}, 0
+        progress = tqdm(total=n_genes, desc=path.name, unit=" genes", disable=None)
+        while n_done < n_genes:
+            page = Path(f"{path}.{n_done}of{n_genes}.part")
             if not page.exists():
-                genes = ask_ncbi("esummary", "result", "uids", **history, retstart=first, retmax=500)
-                genes = [genes[uid] for uid in genes["uids"]]
-                write_text(page, json.dumps([[gene.get("name"), gene.get("summary")] for gene in genes]))
-            for gene, summary in json.loads(page.read_text(encoding="utf-8")):
+                genes = ask_ncbi("esummary", parse_genes, **history, retstart=n_done, retmax=500)
+                write_text(page, json.dumps(genes))
+            genes = json.loads(page.read_text(encoding="utf-8"))
+            for gene, summary in genes:
                 if gene and summary:
                     texts.setdefault(gene, f"Gene Symbol {gene} {summary}")
+            n_done += len(genes)
+            progress.update(len(genes))
+        progress.close()
         write_text(path, json.dumps(texts))
         for page in path.parent.glob(f"{path.name}.*.part"):
             page.unlink()
@@ -476,20 +496,32 @@ HOSTED = ("norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe
 
 def run(main):
     """Call a stage's `main`. A user's errors end in a line and exit code 1, our mistakes in a traceback."""
+    signals = []  # Ctrl-C within HDF5 can come out as any exception
+
+    def on_interrupt(number, _):
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_interrupt)
     if hasattr(sys.stdout, "reconfigure"):  # a log that can be watched, on consoles without Δ and ± too
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from what is already on disk")
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        hint = "; choose another folder with --root" if isinstance(error, PermissionError) else ""
-        sys.exit(f"error: {place}{error.strerror or error}{hint}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory.*alloc|alloc.*memory", str(error), re.S):
-            raise  # torch out of memory raises RuntimeError, too
-        sys.exit("error: not enough memory; lower --cells-at-once (04), --batch-size or --genes-per-batch")
+    except BaseException as error:
+        if signals:
+            print("interrupted; the same command goes on from what is already on disk", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)  # at once: HDF5 would complain of what it has open
+        if isinstance(error, OSError):
+            place = f"{error.filename}: " if error.filename else ""
+            hint = "; choose another folder with --root" if isinstance(error, PermissionError) else ""
+            sys.exit(f"error: {place}{error.strerror or error}{hint}")
+        # torch raises a RuntimeError where memory runs out
+        words = str(error) if isinstance(error, RuntimeError) else ""
+        if isinstance(error, MemoryError) or re.search("memory.*alloc|alloc.*memory", words, re.S):
+            sys.exit("error: not enough memory; lower --cells-at-once (04), --batch-size or "
+                     "--genes-per-batch")
+        raise
 
 
 def common_options(parser):
@@ -794,8 +826,8 @@ def fetch_rest(url, path, part, size):
             part.write_bytes(b"")  # not the bytes that were asked for: start again
             return False
 
-        length = response.headers.get("Content-Length")
-        total = n_have + int(length) if length else size
+        length = response.headers.get("Content-Length", "")
+        total = n_have + int(length) if length.isdigit() else size
         try:
             with open(part, "ab" if n_have else "wb") as file, tqdm.wrapattr(
                     file, "write", total, initial=n_have, desc=path.name, disable=None) as target:
@@ -841,7 +873,8 @@ def new_figure(width, height, title):
     import matplotlib.figure  # here, since most runs draw nothing and it takes half a second
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    lines = [textwrap.fill(line, int(11 * width), break_on_hyphens=False) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines), fontsize="medium")
     return figure
 
 

@@ -407,8 +407,8 @@ def ask(client, args, batch):
     if [item.index for item in answer] != list(range(len(batch))):
         raise ValueError(f"{len(answer)} vectors for {len(batch)} texts")
     vectors = np.array([item.embedding for item in answer], np.float32)
-    if vectors.ndim != 2 or not np.isfinite(vectors).all():
-        raise ValueError("vectors with numbers that are not finite")
+    if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
+        raise ValueError("vectors without numbers, or with numbers that are not finite")
     return vectors
 
 

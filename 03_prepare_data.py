@@ -37,6 +37,7 @@ import functools
 import gzip
 import importlib
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -519,7 +520,7 @@ def open_cells(path, folder, sha256=None):
     Ends the run for a file of another kind, where the unpacked file has another SHA-256 than this, and where
     the block raises BadCells.
     """
-    unpacked = folder / ".unpacked.h5ad"
+    unpacked = folder / f".unpacked.{os.getpid()}.h5ad"  # a process may unpack another file meanwhile
     try:
         yield path if h5py.is_hdf5(path) else unpack(path, unpacked, sha256)
     except BadCells as error:
@@ -1092,7 +1093,7 @@ def print_summary(data, vocab, args):
         if unknown:
             print(f"targets that are not in it ({len(unknown):,}), which the model cannot tell apart without "
                   f"texts: {shown(unknown)}")
-    print_text_coverage(data.genes, targets, args)
+    with_text = print_text_coverage(data.genes, targets, args)
     for part in ("train", "val", "test"):
         groups = list(data.subgroup[data.split == part])
         if groups:
@@ -1100,33 +1101,40 @@ def print_summary(data, vocab, args):
             print(f"{part}: {len(groups)} conditions{''.join(kinds)}")
     how = "computed (t-test against control)" if data.rankings is None else "the file's own rankings"
     print(f"top {N_TOP} differentially expressed genes: {how}")
-    warn_of_targets(measured, unmeasured, targets, args)
+    warn_of_targets(targets, measured, with_text, args)
 
 
-def warn_of_targets(measured, unmeasured, targets, args):
-    """Print a warning where targets that the data does not measure look like guides, pairs, or ids."""
-    symbols = set(measured)
-    odd = [target for target in unmeasured
-           if any(target[:end.start()] in symbols for end in re.finditer("[^A-Za-z0-9.]", target))]
+def warn_of_targets(targets, measured, with_text, args):
+    """Print a warning where targets look like guides, pairs, or ids. Genes are those that are measured (G,)
+    or have a text (a set)."""
+    symbols = with_text.union(measured)
+    odd = [target for target in targets if target not in symbols
+           and any(target[:end.start()] in symbols for end in re.finditer("[^A-Za-z0-9.]", target))]
     if odd:
         print(f"warning: targets that are not genes but begin with one ({len(odd):,}): {shown(odd, 3)}; "
               f"pairs (--separator, now {args.separator!r}) or guides (--target-regex)?", file=sys.stderr)
-    elif len(unmeasured) == len(targets):
+    elif symbols.isdisjoint(targets):
         print(f"warning: no target ({shown(targets, 3)}) is a measured gene ({shown(measured, 3)}); are "
               "those symbols? See --gene-key, --target-regex, --upper-case", file=sys.stderr)
 
 
 def print_text_coverage(genes, targets, args):
-    """Print how many of the genes and of the targets each source of stage 01 has a text for."""
+    """Print how many of the genes and of the targets each source of stage 01 has a text for, and return the
+    genes with a text in any (a set)."""
     path = args.root / "data" / shared.space_of(args.dataset) / "annotations.h5"
     if not path.exists():
         print(f"genes with text: not known before {shared.command('01_fetch_annotations.py', args)}")
-        return
+        return set()
     with shared.read_h5(path) as file:
         with_text = {source: set(group["genes"].asstr()[:]) for source, group in file.items()}
     for what, names in (("genes", set(genes)), ("targets", set(targets))):
         counts = [f"{source} {len(of_source & names):,}" for source, of_source in with_text.items()]
         print(f"{what} with text, of {len(names):,}: {', '.join(counts)}")
+    known = set().union(*with_text.values())
+    without = [target for target in targets if target not in known]
+    if without:
+        print(f"targets without any text ({len(without):,}): {shown(without)}")
+    return known
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -766,7 +766,7 @@ def find_runs(root, dataset, wanted=None):
             print(f"left out: {path} is not finished; go on: {train_it}")
         elif not (path / "model.pt").exists():
             print(f"left out: {path} has no model.pt; train again: {train_it}")
-        elif config["inputs"]["dataset.h5"] != dataset_made:
+        elif config.get("inputs", {}).get("dataset.h5") != dataset_made:
             print(f"left out: {path}: the dataset has changed since; train again: {train_it} --force")
         else:
             seed = config["seed"]
@@ -849,7 +849,7 @@ def check_arguments(args):
             setattr(args, name, value)
     args.variant = args.variant or (DEMO_VARIANTS if is_demo else VARIANTS)
 
-    if args.lr <= 0:
+    if not args.lr > 0:  # nor NaN
         sys.exit(f"error: --lr {args.lr:g}: has to be above 0")
     if args.name:
         shared.check_name(args.name, "--name")

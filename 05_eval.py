@@ -92,11 +92,15 @@ MAIN_METRIC = "pearson_delta_top20"
 BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive")  # and ridge_<source>
 FOR_ANY_TARGET = ("non-ctrl-mean", "matching-mean", "additive")  # the baselines that --predict takes by name
 CEILING = "data-ceiling"
+MEASURED = {  # part of the split: what that means for a prediction
+    "train": "measured, for training: baselines give back what was measured", "val": "measured, for validation",
+    "test": "measured, held out from training", "no": "not measured"}
 TOP_K = (1, 5, 10)       # how many guesses count in the reverse question
 N_DRAWS = 10             # of the random baseline, and of the halves of the ceiling
 RIDGE_PENALTIES = 10.0 ** np.arange(-4, 5)  # times the mean squared length of the centred vectors
 CELLS_X_GENES = 80_000   # values predicted between two steps of the progress bar
 MOST_FIGURES = 12        # of --predict; for a longer list none is drawn
+MOST_ROWS = 60           # of a heatmap
 N_FIGURE_CONTROLS = 300  # as in the paper's Figures 8 and 9
 
 # The paper's own figures, mean over five seeds ± 95% interval: Pearson Δ top 20 and all, MSE top 20 and all
@@ -710,6 +714,13 @@ def best_baseline(outcome):
     return best_of([name for name in outcome.names if name not in (*outcome.models, CEILING)], outcome)
 
 
+def main_models(outcome):
+    """The models beside the mean and the best baseline; all baselines where there is no model."""
+    if not outcome.models:
+        return outcome.names
+    return list(dict.fromkeys([*outcome.models, "non-ctrl-mean", best_baseline(outcome)]))
+
+
 def verdict(outcome):
     """What came out: a few sentences, and a table of the best model beside its rivals (Markdown)."""
     best = best_model(outcome)
@@ -738,9 +749,10 @@ def verdict(outcome):
             f"the training perturbations ({table[1][1]}).")
     mse, mse_of_mean = (value_of(outcome, name, metric="mse_top20")[0] for name in (best, "non-ctrl-mean"))
     if mse > mse_of_mean:
-        text += " Its squared error on these genes is larger, though."
-    if above:
-        text += f" It is not above {' and '.join(above)}."
+        text += " By squared error on these genes it is worse than that mean."
+    others = [f"{name} ({number(*value_of(outcome, name))})" for name in above if name != "non-ctrl-mean"]
+    if others:
+        text += f" It is not above {' and '.join(others)}."
     if any(outcome.summary[run.name, "all", MAIN_METRIC][2] < 2 for run in outcome.runs):
         text += " One seed has no interval: train several (04 --seed 42 23 89) before you trust a gap."
     header = ["model", "Pearson Δ top 20", "MSE top 20", f"{best} better in"]
@@ -758,7 +770,7 @@ Compared on {n_conditions} held-out conditions and {n_genes:,} genes.
 
 {rivals}
 
-Mean over the test conditions, then mean ± 95% interval (Student's t) over the seeds; **best**, *second best*.
+Mean over the test conditions, then mean ± 95% interval (t) over the seeds; **best**, *second best*.
 **Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
 genes or on the 20 that are most differentially expressed; 1 is perfect, 0 tells nothing. **MSE** is the mean
 squared error of log-normalized expression. **Pearson Systema** takes the change from the mean of the training
@@ -863,15 +875,12 @@ def count_subgroups(subgroups):
 def print_table(outcome, test, data):
     """Print the main metric, a row per model, with the intervals and subgroups that fit the terminal.
 
-    Of the baselines beside models only the mean, the best and no-change; the report has all."""
+    The report has the other baselines."""
     width = shutil.get_terminal_size().columns
-    names = outcome.names
-    if outcome.models:
-        names = dict.fromkeys([*outcome.models, "non-ctrl-mean", best_baseline(outcome), "no-change"])
     for groups, n_values in ((test.groups, 2), (test.groups, 1), (["all"], 2)):
         header = ["model", *(group.removeprefix("combo_").replace("_", " ") for group in groups)]
         rows = [["(conditions)", *(test.groups[group] for group in groups)]]
-        for name in names:
+        for name in main_models(outcome):
             values = [number(*value_of(outcome, name, group)[:n_values]) for group in groups]
             variant, *labels = name.split(",")  # labels on lines of their own: names can be long
             rows.append([variant, *values])
@@ -904,21 +913,20 @@ def draw_split(path, data, title):
     shared.save_figure(figure, path)
 
 
-def bar_style(name, models, others):
-    """Colours of a model's bars: models in colours, baselines in grey, the ceiling in white."""
+def bar_style(name, place):
+    """Colours of a model's bars: the ceiling in white, the mean in grey, others by their place."""
     if name == CEILING:
         return {"color": "white", "edgecolor": "black"}
-    if name in others:
-        return {"color": str(0.3 + 0.6 * others.index(name) / len(others))}
-    n_rounds, i = divmod(models.index(name), len(shared.COLORS))
+    if name == "non-ctrl-mean":
+        return {"color": shared.GREY}
+    n_rounds, i = divmod(place, len(shared.COLORS))
     return {"color": shared.COLORS[i], "edgecolor": "white", "hatch": ("", "//", "..", "xx")[n_rounds % 4]}
 
 
 def draw_bars(path, outcome, groups, title):
     """Draw bars with 95% intervals: Pearson delta and squared error on the top 20 genes, by subgroup (the
-    paper's Figures 10 and 14 to 16). Of the ridge regressions only the best is shown."""
-    ridges = [name for name in outcome.names if name.startswith("ridge_")]
-    names = [name for name in outcome.names if name not in ridges or name == best_of(ridges, outcome)]
+    paper's Figures 10 and 14 to 16)."""
+    names = list(dict.fromkeys([*main_models(outcome), CEILING]))
     figure = shared.new_figure(np.clip(1.2 + 0.22 * len(names) * len(groups), 6.5, 30), 7.5, title)
     upper, lower = figure.subplots(2, 1)
     draw_bar_panel(upper, outcome, names, groups, MAIN_METRIC)
@@ -934,29 +942,29 @@ def draw_bars(path, outcome, groups, title):
 
 def draw_bar_panel(axes, outcome, names, groups, metric):
     """Draw the bars of one metric, a group of models a subgroup."""
-    others = [name for name in names if name not in outcome.models]
     x, width = np.arange(len(groups)), 0.85 / len(names)
     for i, name in enumerate(names):
         values = [value_of(outcome, name, group, metric) for group in groups]
         means, half_widths = np.transpose(values)
         place = x + (i - (len(names) - 1) / 2) * width
         axes.bar(place, means, 0.94 * width, yerr=half_widths, label=name, capsize=2, error_kw={"lw": 1},
-                 **bar_style(name, outcome.models, others))
+                 **bar_style(name, i))
     axes.axhline(0, color="black", lw=0.8)
     axes.set_ylabel(f"{METRICS[metric]} DE genes")
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_xticks(x, [group.replace("_", " ") for group in groups])
 
 
-def draw_scatter(path, name, predicted, outcome, test):
+def draw_scatter(path, name, predicted, outcome, test, label):
     """Draw a model's predicted (P, G) against the measured change of every gene, the top 20 in colour, for
     nine test conditions from the one that it predicts best to the worst."""
     pearson_of = by_condition(outcome.rows, MAIN_METRIC)[name]
     order = sorted(pearson_of, key=pearson_of.get, reverse=True)
     places = np.linspace(0, len(order) - 1, min(9, len(order))).astype(int)
     n_rows = math.ceil(len(places) / 3)
-    title = f"{name}: change of each gene, top 20 in colour\nfrom the best to the worst predicted condition"
-    figure = shared.new_figure(9, 0.8 + 2.8 * n_rows, title)
+    title = (f"{label}: {name}\nchange of each gene, top 20 in colour; line: predicted = measured; number: "
+             "Pearson Δ\nfrom the best to the worst predicted condition")
+    figure = shared.new_figure(6.5, 0.8 + 2.2 * n_rows, title)
     idx_of = positions(test.names)
     for panel, place in enumerate(places, 1):
         condition = order[place]
@@ -967,7 +975,8 @@ def draw_scatter(path, name, predicted, outcome, test):
         axes.axline((0, 0), slope=1, color="black", lw=0.5)
         axes.scatter(x, y, s=4, color=shared.GREY)
         axes.scatter(x[top], y[top], s=12, color=shared.COLORS[1])
-        axes.set_title(f"{condition}: Pearson Δ {pearson_of[condition]:.2f}", fontsize=9)
+        axes.axis("equal")
+        axes.set_title(f"{condition}: {pearson_of[condition]:.2f}", fontsize="small")
     figure.supxlabel("measured change")
     figure.supylabel("predicted change")
     shared.save_figure(figure, path)
@@ -975,7 +984,7 @@ def draw_scatter(path, name, predicted, outcome, test):
 
 def draw_training(path, runs, title):
     """Draw the validation error of the kit's runs by epoch, from their log.csv."""
-    figure = shared.new_figure(7.5, 5, title)
+    figure = shared.new_figure(6.5, 4.5, title)
     axes = figure.subplots()
     colors = {}
     for run in runs:
@@ -983,6 +992,7 @@ def draw_training(path, runs, title):
         color = colors.setdefault(run.name, shared.COLORS[len(colors) % len(shared.COLORS)])
         log = np.genfromtxt(run.path.with_name("log.csv"), delimiter=",", names=True, ndmin=1)
         axes.plot(log["epoch"], log["val_mse"], color=color, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation error (MSE)")
     add_legend(figure, 2)
@@ -1049,7 +1059,7 @@ def label_notations(known, args):
     plus = {"control": [], "separator": "+", "target_regex": None, "upper_case": False}
     own = json.loads(shared.recorded_made_from(args.root / "data" / args.dataset / "dataset.h5"))["options"]
     return [prepare.make_rules(SimpleNamespace(**options), known)
-            for options in (plus, own, plus | {"separator": "_"})]
+            for options in (plus, plus | own, plus | {"separator": "_"})]
 
 
 def parse_perturbation(label, notations):
@@ -1071,7 +1081,7 @@ def read_vocab(args, data):
 def nearest(gene, known):
     """What an unknown gene may have meant, in any case."""
     name_of = {name.upper(): name for name in known}
-    found = difflib.get_close_matches(gene.upper(), name_of, 1)
+    found = difflib.get_close_matches(gene.upper(), name_of, 1, cutoff=0.75)
     return f"did you mean {name_of[found[0]]}?" if found else "nothing comes near"
 
 
@@ -1119,7 +1129,7 @@ def read_own_cells(path, args, data):
     """The cells of a user's AnnData file, CSR (cells, genes in common), log-normalized, and which of the
     dataset's genes these are, bool (G,): measured ones that the file has.
 
-    Cells on another scale than the dataset's, by the totals over the genes in common, are brought to it.
+    Cells on another scale than the dataset's (see relative_scale) are brought to it.
     """
     with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
         X, genes = prepare.read_cells(h5ad, args)
@@ -1127,7 +1137,7 @@ def read_own_cells(path, args, data):
     columns = np.array([column_of.get(gene, -1) for gene in data.genes])
     in_common = data.measured & (columns >= 0)
     n_genes, n_common = data.measured.sum(), in_common.sum()
-    summary = f"{path}: {X.shape[0]:,} cells; {n_common:,} of the {n_genes:,} measured genes are in it"
+    summary = f"{path}: all {X.shape[0]:,} cells; {n_common:,} of the {n_genes:,} measured genes are in it"
     if not n_common:
         sys.exit(f"error: {summary}; see --gene-key and --upper-case")
     print(summary)
@@ -1135,14 +1145,23 @@ def read_own_cells(path, args, data):
         print("warning: fewer than half of the genes: predictions rest on these few", file=sys.stderr)
 
     X = X[:, columns[in_common]]
-    control = data.X[data.ctrl_cells[:1000]][:, in_common]
-    wanted_total = np.median(prepare.cell_totals(control.expm1()))
-    total = np.median(prepare.cell_totals(X.expm1()))
-    if total > 0 and not 0.9 < total / wanted_total < 1.1:
-        print(f"{path}: its cells sum to {total / wanted_total:.2f} times what the dataset's do: scaled to "
-              "those")
-        X = prepare.normalize(X.expm1(), np.full(X.shape[0], wanted_total / total))
+    scale = relative_scale(X, data.X[data.ctrl_cells[:1000]][:, in_common])
+    if not 0.8 < scale < 1.25:
+        print(f"{path}: its values are {scale:.2f} times the dataset's before the logarithm: scaled to it")
+        X = prepare.normalize(X.expm1(), np.full(X.shape[0], 1 / scale))
     return X, in_common
+
+
+def relative_scale(cells, control):
+    """How many times larger log-normalized cells are than control cells (CSR, the same genes), before the
+    logarithm: by their totals or by a typical gene, whichever is nearer to 1. Another unit changes both; a
+    perturbation can change the total by a few genes, or many genes at the same total."""
+    cells, control = cells.expm1(), control.expm1()
+    mean, control_mean = (np.asarray(X.mean(axis=0)).ravel() for X in (cells, control))
+    is_high = control_mean >= np.median(control_mean)
+    typical = np.median(mean[is_high] / np.maximum(control_mean[is_high], 1e-9))
+    total = np.median(prepare.cell_totals(cells)) / np.median(prepare.cell_totals(control))
+    return min(total, typical, key=lambda ratio: abs(math.log(max(ratio, 1e-9))))
 
 
 def choose_cells(data, wanted, args):
@@ -1194,12 +1213,13 @@ def predict_wanted(wanted, data, runs, ridge_files, args, folder=None):
     names, baselines = [item for item in args.run if is_baseline(item)], []
     if names or not runs:  # first, since a wrong name costs only seconds here
         baselines = baseline_runs(names, ridge_files, targets_of, keep, data)
+    n_models = len({run.name for run in runs + baselines})
+    advice = " (--controls 20 is quicker)" if len(wanted) > MOST_FIGURES and not args.controls else ""
+    print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(data.control)}{advice}")
     predict_changes(runs, targets_of | {"": []}, keep, data, args, folder)
     runs = runs + baselines
     if not any(name in run.changes for run in runs for name in wanted):
         sys.exit(f"error: --run {' '.join(names)}: says nothing of {shown(list(wanted))}")
-    n_models = len({run.name for run in runs})
-    print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(data.control)}")
     return runs
 
 
@@ -1257,7 +1277,7 @@ def baseline_runs(names, ridge_files, targets_of, keep, data):
     runs = []
     for model_name in names or profiles:
         if model_name not in profiles:
-            sys.exit(f"error: --run {model_name}: its source has no vectors of any training target here")
+            sys.exit(f"error: --run {model_name}: no such baseline here; there are: {', '.join(profiles)}")
         changes = dict(zip(targets_of, (profiles[model_name] - data.ctrl).astype(np.float32)))
         if model_name in ("additive", "matching-mean") and new:
             print(f"{model_name} says nothing of {shown(new)}: never perturbed alone in training")
@@ -1307,6 +1327,7 @@ def predict_perturbations(args, data, runs, ridge_files):
     wanted = read_perturbations(args, data)
     data = choose_cells(data, wanted, args)
     goal = read_goal(data, args) if args.towards else None  # a mistake in it would cost hours of predictions
+    runs = best_first(runs, args.results / "summary.csv")
     all_runs = predict_wanted(wanted, data, runs, ridge_files, args, folder)
     for old in [*folder.glob("*.png"), folder / "predicted.cells.h5ad", folder / "towards.csv"]:
         old.unlink(missing_ok=True)
@@ -1331,19 +1352,30 @@ def predict_perturbations(args, data, runs, ridge_files):
               "report.md says which are best")
     for run in runs:
         run.changes.clear()  # closes the file
-        run.stored.unlink()
+        run.stored.unlink(missing_ok=True)  # the same command, run twice at once, shares it
     kept = "" if args.name != "last" else " (the next question overwrites it; --name NAME keeps it)"
     print(f"values{' and figures' * has_figures}: {folder}{kept}")
 
 
+def best_first(runs, summary):
+    """Runs in the order of the report's main metric, shuffled controls last; as they are without a report."""
+    pearson_of = {}
+    if summary.exists():
+        with open(summary, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if (row["subgroup"], row["metric"]) == ("all", MAIN_METRIC):
+                    pearson_of[row["model"]] = float(row["mean"])
+    return sorted(runs, key=lambda run: ("-shuffled" in run.name, -pearson_of.get(run.name, -1)))
+
+
 def print_effects(wanted, effects):
     """Print what each model predicts of a few perturbations; of a long list ten that nobody has measured."""
-    effects = [effect for effect in effects if "-shuffled" not in effect.model]
+    effects = [effect for effect in effects if is_informative(effect.model)]
     if len(wanted) <= MOST_FIGURES:
         for name in wanted:
             of_name = [effect for effect in effects if effect.condition == name]
             if of_name:
-                print(f"{name} (measured: {of_name[0].measured})")
+                print(f"{name}: {MEASURED[of_name[0].measured]}")
             for effect in of_name:
                 top = " ".join(effect.top_genes.split()[:5])
                 print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
@@ -1359,7 +1391,8 @@ def print_effects(wanted, effects):
     for effect in new or effects:
         largest.setdefault(effect.condition, effect)
     for name, effect in list(largest.items())[:10]:
-        print(f"  {name}: effect {effect.effect_rms:.4f} by {effect.model}")
+        priority = "" if math.isnan(effect.priority) else f"priority {effect.priority:.4f}, "
+        print(f"  {name}: {priority}effect {effect.effect_rms:.4f} by {effect.model}")
 
 
 def print_wrapped(line):
@@ -1398,6 +1431,11 @@ def interaction(model_name, name, targets, runs, data):
     return float(np.mean(sizes)) if sizes else math.nan
 
 
+def is_informative(model_name):
+    """Whether a model's opinion counts: it is no shuffled control, and not the same for all perturbations."""
+    return "-shuffled" not in model_name and model_name != "non-ctrl-mean"
+
+
 Effect = namedtuple("Effect", ("condition", "model", "measured", "n_seeds", "effect_rms", "interval",
                                "interaction_rms", "disagreement", "priority", "top_genes"))
 
@@ -1409,12 +1447,12 @@ def find_effects(wanted, runs, data):
     change over the measured genes. interaction_rms: see `interaction`. disagreement: 1 less the correlation
     of two models' changes, mean over the pairs of models; NaN for a single one. priority: mean effect_rms of
     the models, times disagreement: a large effect that they disagree on is worth measuring next. Both leave
-    shuffled controls out.
+    out shuffled controls and the mean, which tells nothing apart.
     """
     for name, targets in wanted.items():
         changes = changes_of(runs, name)
         sizes = {model_name: root_mean_square(of_runs, data) for model_name, of_runs in changes.items()}
-        rivals = [model_name for model_name in changes if "-shuffled" not in model_name]
+        rivals = [model_name for model_name in changes if is_informative(model_name)]
         disagreement = priority = math.nan
         if len(rivals) > 1:
             means = [changes[model_name].mean(0)[data.measured] for model_name in rivals]
@@ -1477,26 +1515,30 @@ def warn_of_likeness(wanted, runs, data):
 
 
 def draw_heatmap(path, effects, runs, data):
-    """Draw the changes that the first model predicts: the perturbations of the largest effects x the genes
-    that change most, both in the order of a hierarchical clustering. Of fewer than three nothing is drawn."""
-    model_name = runs[0].name
-    names = [effect.condition for effect in effects if effect.model == model_name][:60]
+    """Draw the changes that one model predicts, the first (the best of the report): perturbations of the
+    largest effects x genes that change most, both in the order of a hierarchical clustering. Of fewer than
+    three perturbations nothing is drawn."""
+    model_name = next((run.name for run in runs if is_informative(run.name)), runs[0].name)
+    names = [effect.condition for effect in effects if effect.model == model_name]
     if len(names) < 3:
         return
+    title = f"Change of log-normalized expression that {model_name} predicts{synthetic(data)}"
+    if len(names) > MOST_ROWS:
+        title += f"\nthe {MOST_ROWS} largest effects of {len(names):,} perturbations"
+        names = names[:MOST_ROWS]
     changes = np.stack([changes_of(runs, name)[model_name].mean(0) for name in names])
-    genes = most_changed(np.abs(changes).max(0), data, 40)
+    genes = most_changed(np.abs(changes).max(0), data, 30)
     changes = changes[:, genes]  # (perturbations, genes)
     rows = hierarchy.leaves_list(hierarchy.linkage(changes, "average"))
     columns = hierarchy.leaves_list(hierarchy.linkage(changes.T, "average"))
-    limit = np.abs(changes).max() or 1
+    limit = np.quantile(np.abs(changes), 0.99) or 1  # so that one outlier does not pale all others
 
-    title = f"change of expression that {model_name} predicts{synthetic(data)}"
-    figure = shared.new_figure(9, max(3, 1.5 + 0.16 * len(names)), title)
+    figure = shared.new_figure(6.5, max(3, 1.5 + 0.16 * len(names)), title)
     axes = figure.subplots()
     image = axes.imshow(changes[rows][:, columns], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(len(genes)), data.genes[genes[columns]], rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), [names[row] for row in rows], fontsize=7)
-    figure.colorbar(image, label="change of log-normalized expression", shrink=0.8)
+    axes.set_xticks(range(len(genes)), data.genes[genes[columns]], rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), [names[row] for row in rows], fontsize=8)
+    figure.colorbar(image, extend="both", aspect=40, shrink=0.6)
     shared.save_figure(figure, path)
 
 
@@ -1522,14 +1564,14 @@ def draw_perturbation(folder, name, targets, runs, data):
     if conditions:
         top = data.de_idx[conditions[0]]
         top = top[(top >= 0) & data.measured[top]]
-        words = "that are most differentially expressed, measured and predicted"
+        words = f"that change most, {MEASURED[data.split[conditions[0]]].partition(':')[0]}"
     else:
         first = next(iter(series))
         top = most_changed(series[first].mean(0), data)
         words = f"that change most as {first} predicts; not measured"
 
     figure = shared.new_figure(
-        12, 5, f"{name}: the {len(top)} genes {words}{synthetic(data)}\n"
+        7.5, 4.5, f"{name}: the {len(top)} genes {words}{synthetic(data)}\n"
         "box: middle half of the cells; line: median; diamond: mean; whiskers: without outliers")
     axes = figure.subplots()
     draw_boxes(axes, series, top)
@@ -1548,7 +1590,7 @@ def draw_boxes(axes, series, top):
     for i, (label, changes) in enumerate(series.items()):
         color = shared.GREY if label == "measured" else next(colors)
         x = np.arange(len(top)) + (i - (len(series) - 1) / 2) * width
-        diamond = {"marker": "D", "markersize": 4, "markerfacecolor": color, "markeredgecolor": "black",
+        diamond = {"marker": "D", "markersize": 3, "markerfacecolor": color, "markeredgecolor": "black",
                    "markeredgewidth": 0.5}
         boxes = axes.boxplot(changes[:, top], positions=x, widths=0.9 * width,
                              showfliers=False, patch_artist=True, showmeans=True, manage_ticks=False,
@@ -1589,7 +1631,9 @@ def read_goal(data, args):
         targets, state = None, np.full(len(in_common), np.nan)
         state[in_common] = np.asarray(X.mean(axis=0)).ravel()
     else:
-        sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file")
+        having = [name for name, row in zip(data.conditions, data.targets) if set(row) & set(targets or ())]
+        advice = f"; measured are {shown(having)}" if having else ""
+        sys.exit(f"error: --towards {args.towards}: neither a condition of the dataset nor a file{advice}")
     return np.where(data.measured, state - data.control_mean, np.nan), targets
 
 
@@ -1620,29 +1664,30 @@ def rank_towards(goal, wanted, runs, args):
 
 
 def print_towards(answers, targets, wanted, args):
-    """Print each model's five nearest, and the rank of the perturbation that --towards names."""
+    """Print each model's five nearest with the correlation of the changes, if that is above 0, and the rank
+    of the perturbation that --towards names."""
     for model_name, ranked in answers.items():
-        names = [name for name, *_ in ranked]
-        line = f"{model_name}: closest to {args.towards}: {', '.join(names[:5])}"
-        for rank, name in enumerate(names, 1):
+        nearest = [f"{name} ({likeness:.2f})" for name, likeness, _ in ranked[:5] if likeness > 0]
+        line = f"{model_name}: closest to {args.towards}: {', '.join(nearest) or 'none leads there'}"
+        for rank, (name, *_) in enumerate(ranked, 1):
             if targets == set(wanted[name]):
-                line += f"; {name} itself has rank {rank} of {len(names)}"
+                line += f"; {name} itself has rank {rank} of {len(ranked)}"
         print_wrapped(line)
 
 
 def draw_towards(path, answers, data, args):
     """Draw the ten nearest of the first three models."""
     drawn = list(answers)[:3]
-    title = f"perturbations that lead towards {args.towards}{synthetic(data)}"
-    figure = shared.new_figure(4 * len(drawn), 4, title)
-    for panel, model_name in enumerate(drawn, 1):
+    title = f"Perturbations that lead towards {args.towards}{synthetic(data)}"
+    figure = shared.new_figure(5, 0.6 + 2.4 * len(drawn), title)
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False).flat
+    for axes, model_name in zip(panels, drawn):
         names, likeness, _ = zip(*answers[model_name][:10])
-        axes = figure.add_subplot(1, len(drawn), panel)
         axes.barh(names, likeness, color=shared.COLORS[0])
-        axes.tick_params(axis="y", labelsize=8)
         axes.invert_yaxis()
         axes.set_title(model_name, fontsize="small")
-        axes.set_xlabel("Pearson of the changes")
+    axes.set_xlim(left=0)  # below 0 it leads away
+    axes.set_xlabel("correlation of predicted with wanted change")
     shared.save_figure(figure, path)
 
 
@@ -1723,10 +1768,10 @@ def evaluate(args, data, runs, ridge_files):
     label = args.dataset + synthetic(data)
     draw_split(results / "split.png", data, f"{label}: conditions of the split")
     draw_bars(results / "subgroups.png", outcome, list(test.groups), f"{label}: held-out "
-              "perturbations\nmean over conditions and seeds (grey: baselines); lines: 95% interval of seeds")
+              "perturbations\nmean over conditions and seeds; lines: 95% interval over seeds (draws)")
     if best := best_model(outcome):
         predicted = np.mean([of_seed for name, _, of_seed, _ in profiles if name == best], axis=0)
-        draw_scatter(results / "scatter.png", best, predicted, outcome, test)
+        draw_scatter(results / "scatter.png", best, predicted, outcome, test, label)
     if logged := [run for run in runs if run.config]:
         draw_training(results / "training.png", logged, f"{label}: training")
     write_report(results / "report.md", args, data, test, outcome)
