@@ -427,6 +427,34 @@ def test_an_overloaded_service_is_asked_again(tmp_path, impatient):
     assert starts == ["0", "0", "0", "0", "0", "500", "1000"]
 
 
+def test_a_page_with_fewer_genes_than_asked_for_loses_none(tmp_path):
+    page = EUTILS + "esummary.fcgi"
+
+    def stingy(method, path, headers, body):
+        if path == page:  # whatever is asked for, 300 genes come
+            body = body.replace(b"retmax=500", b"retmax=300")
+        return services(method, path, headers, body)
+
+    with Server(VOCAB, hook=stingy) as server:
+        made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+    starts = [parse_qs(request.body.decode())["retstart"][0] for request in server.asked(page)]
+    assert starts == ["0", "300", "600", "900"] and len(texts(tmp_path, "ncbi")) == N_GENES * 9 // 10
+
+
+@pytest.mark.parametrize("tool, answer", [
+    ("esummary", {"result": {"uids": ["0", "1"], "0": {"name": "GENE0"}}}),
+    ("esummary", {"result": {"uids": ["0"], "0": "busy"}}),
+    ("esearch", {"esearchresult": {"count": str(N_GENES)}}),
+    ("esearch", {"esearchresult": {"count": "many", "querykey": "1", "webenv": "MCID_1"}})])
+def test_an_answer_that_lacks_something_is_asked_for_again(tmp_path, impatient, tool, answer):
+    page = f"{EUTILS}{tool}.fcgi"
+    with Server(VOCAB, hook=services) as server:
+        server.misbehave(page, {"body": json.dumps(answer).encode()})
+        made(tmp_path, *FRESH, server=server, NCBI_API_KEY=KEY)
+    assert len(texts(tmp_path, "ncbi")) == N_GENES * 9 // 10
+    assert len(server.asked(page)) == (4 if tool == "esummary" else 2)
+
+
 def test_fresh_goes_on_after_sigkill_with_the_page_that_is_missing(tmp_path):
     page = EUTILS + "esummary.fcgi"
     with Server(VOCAB, hook=services) as server:

@@ -726,6 +726,7 @@ WRONG = {  # name: (what comes from the server, what the one-line error says)
     "too few vectors": ({"body": answer([[1.0, 2.0]] * 9).encode()}, "9 vectors for 10 texts"),
     "numbers that are not finite": ({"body": answer([[1.0, float("nan")]] * 10).encode()}, "not finite"),
     "ragged vectors": ({"body": answer([[1.0]] * 9 + [[1.0, 2.0]]).encode()}, "no answer of the embeddings API"),
+    "vectors without numbers": ({"body": answer([[]] * 10).encode()}, "vectors without numbers"),
     "vectors of another length": ({"body": answer([[1.0, 2.0]] * 10).encode()}, "vectors of 2 numbers, before it was 16"),
     "a web page": ({"body": b"<html>", "headers": {"Content-Type": "text/html"}}, "no answer of the embeddings API"),
 }

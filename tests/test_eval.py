@@ -710,6 +710,20 @@ def test_own_cells_on_another_scale_are_brought_to_the_datasets(results, evaluat
     np.testing.assert_allclose(own[0].toarray(), log, atol=1e-4)
 
 
+@pytest.mark.parametrize("genes", [2, 60])
+def test_what_a_perturbation_does_to_genes_is_no_change_of_scale(results, evaluation, root, genes):
+    data = results.data
+    counts = np.expm1(data.X[data.ctrl_cells].toarray())
+    counts[:, :genes] *= 200 if genes == 2 else 1.5  # a few genes change the sum, many the typical gene
+    if genes == 60:
+        counts *= np.expm1(data.X[data.ctrl_cells].toarray()).sum() / counts.sum()
+    path = root / "own.h5ad"
+    results.prepare.write_h5ad(path, "{}", np.log1p(counts), {"condition": ["a"] * len(counts)}, data.genes, "")
+    own = evaluation.read_own_cells(path, SimpleNamespace(root=root, dataset="demo", layer=None, gene_key=None,
+                                                          upper_case=False, normalize=False), data)
+    np.testing.assert_allclose(own[0].toarray(), np.log1p(counts), atol=1e-4)
+
+
 def test_the_first_of_two_genes_of_one_symbol_is_taken(results, evaluation, root):
     data, genes = results.data, results.data.genes.copy()
     genes[50] = genes[3]  # a second one
@@ -747,11 +761,41 @@ def test_perturbations_are_ranked_by_how_near_they_lead(results, evaluation, roo
         distance = np.linalg.norm(change - goal) / np.linalg.norm(goal)
         assert float(one["distance"]) == pytest.approx(distance, abs=1e-5)
     rank = next(one["rank"] for one in rows if one["condition"] == gene)
-    assert f"{gene} itself has rank {rank} of 128" in " ".join(done.stdout.split())
+    words = " ".join(done.stdout.split())
+    assert f"closest to {gene}: {rows[0]['condition']} ({float(rows[0]['pearson']):.2f})" in words
+    assert f"{gene} itself has rank {rank} of 128" in words
+
+
+def test_what_leads_away_is_not_among_the_closest(results, root):
+    data = results.data
+    ctrl = data.mean[data.split == "ctrl"][0]
+    mean_change = data.mean[data.split == "train"].mean(0) - ctrl
+    away = np.maximum(ctrl - 3 * mean_change, 0)  # the opposite of what all perturbations have in common
+    path = root / "away.h5ad"
+    results.prepare.write_h5ad(path, "{}", away[None], {"condition": ["a"]}, data.genes, "")
+    targets = data.genes[data.targets[data.subgroup == "unseen_single", 0]][:3]
+    done = run_script("05_eval.py", "--towards", path, "--predict", *targets, "--run", "scgpt", "--controls", 20, root=root)
+    rows = read_csv(root / "results/demo/predicted/last/towards.csv")
+    shown = {row["condition"] for row in rows if float(row["pearson"]) > 0}
+    words = " ".join(done.stdout.split()).partition("closest to ")[2].partition(" values")[0]
+    assert {row["condition"] for row in rows if row["condition"] in words} == shown
+    assert shown or "none leads there" in words
+
+
+def test_the_best_model_of_the_report_comes_first(evaluation, tmp_path):
+    runs = [SimpleNamespace(name=name) for name in ("scgpt", "genept_x", "scgenept_x-shuffled", "new", "scgenept_x")]
+    table = "model,subgroup,metric,mean\n" + "".join(f"{name},all,pearson_delta_top20,{mean}\n" for name, mean in [
+        ("scgpt", 0.5), ("genept_x", -0.2), ("scgenept_x-shuffled", 0.9), ("scgenept_x", 0.7)])
+    (tmp_path / "summary.csv").write_text(table + "scgpt,unseen_single,pearson_delta_top20,1\nscgpt,all,mse_all,2\n")
+    ordered = [run.name for run in evaluation.best_first(runs, tmp_path / "summary.csv")]
+    assert ordered == ["scgenept_x", "scgpt", "genept_x", "new", "scgenept_x-shuffled"]
+    ordered = [run.name for run in evaluation.best_first(runs, tmp_path / "none.csv")]
+    assert ordered == ["scgpt", "genept_x", "new", "scgenept_x", "scgenept_x-shuffled"]
 
 
 @pytest.mark.parametrize("goal, message", [
     ("NOWHERE", "neither a condition of the dataset nor a file"),
+    ("DEMO128", "neither a condition of the dataset nor a file"),
     ("ctrl", "no perturbation"),
     ("empty.h5ad", "an empty file")])
 def test_a_wrong_goal_is_one_line_before_anything_is_predicted(root, goal, message):

@@ -475,6 +475,14 @@ def test_config_json_is_flat(root):
     assert (config["variant"], config["seed"], config["finished"], config["best_epoch"]) == ("scgpt", 42, True, 1)
 
 
+def test_a_run_of_an_older_version_of_the_kit_is_left_out(own):
+    path = next(own.glob("runs/demo/scgpt/seed*/config.json"))
+    config = json.loads(path.read_text())
+    del config["inputs"]
+    path.write_text(json.dumps(config))
+    assert f"left out: {path.parent}: the dataset has changed since" in run_script("05_eval.py", "--controls", 2, root=own).stdout
+
+
 @pytest.mark.parametrize("script, options", [("03_prepare_data.py", ["--force"]), ("03_prepare_data.py", ["--split-seed", 2]),
                                              ("02_embed.py", ["--source", "go_c", "--force"])])
 def test_data_that_is_made_again_leaves_runs_valid(own, script, options):
@@ -613,6 +621,7 @@ def test_printed_commands_carry_root_and_dataset(root, demo):
     (["--dropout", "1"], "--dropout"), (["--batch-size", "4000"], "lower --batch-size"), (["--device", "meta"], "--device meta"),
     (["--device", "cuda"], "--device cuda"), (["--dataset", "a/../b"], "--dataset"), (["--name", "a/b"], "--name"),
     (["--n-heads", "3"], "not a multiple"), (["--n-heads", "0"], "--n-heads: has to be above 0"),
+    (["--lr", "nan"], "--lr nan: has to be above 0"), (["--lr", "-1"], "--lr -1: has to be above 0"),
     (["--pretrained", "nowhere"], "nor for the demo, whose genes are invented"), (["--seed", "-1"], "invalid seed value: '-1'"),
     (["--d-hid", "1000000000000"], "not enough memory")])
 def test_bad_options_are_one_line(root, args, message):
