@@ -732,7 +732,8 @@ def verdict(outcome):
     # The rivals, and in how many conditions the best model is better than each
     variant, comma, labels = best.partition(",")
     shuffled = f"{variant}-shuffled{comma}{labels}"
-    candidates = [best, "non-ctrl-mean", shuffled, "scgpt", best_baseline(outcome), "no-change"]
+    candidates = [best, "non-ctrl-mean", shuffled, f"{variant}-shuffled", "scgpt", best_baseline(outcome),
+                  "no-change"]
     names = [name for name in dict.fromkeys(candidates) if name in outcome.names]
     values = by_condition(outcome.rows, MAIN_METRIC)
     table = []
@@ -772,7 +773,7 @@ Compared on {n_conditions} held-out conditions and {n_genes:,} genes.
 
 Mean over the test conditions, then mean ± 95% interval (t) over the seeds; **best**, *second best*.
 **Pearson Δ** correlates the predicted with the measured change from the mean of the control cells, on all
-genes or on the 20 that are most differentially expressed; 1 is perfect, 0 tells nothing. **MSE** is the mean
+genes or on the 20 that are most differentially expressed; 1 is perfect, 0 is guessing. **MSE** is the mean
 squared error of log-normalized expression. **Pearson Systema** takes the change from the mean of the training
 perturbations instead, and **centroid accuracy** is the share of other conditions that are farther from a
 prediction than its own: where predictions look alike, these two are near chance, 0 and 0.5.

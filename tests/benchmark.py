@@ -16,15 +16,15 @@ Measured with OMP_NUM_THREADS=1 on a machine of two CPU cores that did other wor
 
     parts: a training step of 64 cells x 1,536 genes, 4 cells at once    270 s, 5.0 GB; 1.00 x 16 steps of 4
     train: a step of 4 cells x 1,536 genes                               17 s, 4.1 GB
-    predict: 5,045 genes, a cell                                         8.8 s, 0.7 GB
-    the same with the plain implementation                               22.5 s, 3.3 GB
-    prepare: 91,205 cells x 5,045 genes, 37 million values               1 s, 0.6 GB beyond the imports
-    large: 500,000 cells x 20,000 genes, 5,000 kept                      24 s, 0.55 GB
-    250,000 and 1,000,000 cells x 8,000 genes, 2,000 targets             9 s, 0.84 GB; 43 s, 0.85 GB
-    a batch of 64 cells x 1,536 genes of those, from disk                1.1 ms, 0.26 GB in all
-    batches: a batch of 64 cells x 1,536 genes                           0.4 ms
-    annotations: 600,000 annotations and 45,000 terms                    1.6 s
-    help: stages 01 to 03, stages 04 and 05                              0.2 s, 1.4 s
+    predict: 5,045 genes, a cell                                         10.0 s, 0.7 GB
+    the same with the plain implementation                               33.3 s, 3.3 GB
+    prepare: 91,205 cells x 5,045 genes, 37 million values               2.5 s, 0.5 GB beyond the imports
+    large: 500,000 cells x 20,000 genes, 5,000 kept                      39 s, 0.64 GB
+    250,000 and 1,000,000 cells x 8,000 genes, 2,000 targets             11 s, 0.98 GB; 50 s, 1.03 GB
+    a batch of 64 cells x 1,536 genes of those, from disk                2.5 ms, 0.26 GB in all
+    batches: a batch of 64 cells x 1,536 genes                           1.4 ms
+    annotations: 600,000 annotations and 45,000 terms                    1.8 s
+    help: stages 01 to 03, stages 04 and 05                              0.3 s, 1.6 s
 
 On one NVIDIA H100 (80 GB HBM3; PyTorch 2.11, CUDA 13.0), where tests/test_gpu.py passed:
 
