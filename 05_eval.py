@@ -1157,11 +1157,12 @@ def relative_scale(cells, control):
     """How many times larger log-normalized cells are than control cells (CSR, the same genes), before the
     logarithm: by their totals or by a typical gene, whichever is nearer to 1. Another unit changes both; a
     perturbation can change the total by a few genes, or many genes at the same total."""
-    cells, control = cells.expm1(), control.expm1()
-    mean, control_mean = (np.asarray(X.mean(axis=0)).ravel() for X in (cells, control))
-    is_high = control_mean >= np.median(control_mean)
-    typical = np.median(mean[is_high] / np.maximum(control_mean[is_high], 1e-9))
-    total = np.median(prepare.cell_totals(cells)) / np.median(prepare.cell_totals(control))
+    mean, control_mean = (np.asarray(X.expm1().mean(axis=0)).ravel() for X in (cells, control))
+    if not (mean.any() and control_mean.any()):
+        return 1.0
+    is_high = control_mean >= np.median(control_mean[control_mean > 0])
+    typical = np.median(mean[is_high] / control_mean[is_high])
+    total = mean.sum() / control_mean.sum()
     return min(total, typical, key=lambda ratio: abs(math.log(max(ratio, 1e-9))))
 
 
@@ -1269,6 +1270,7 @@ def baseline_runs(names, ridge_files, targets_of, keep, data):
     """Baselines as runs: those with the names, or all. Each predicts the change from the mean of the screen's
     control cells by {name: targets}; its cells are those predicted from with this change added."""
     targets = list(targets_of.values())
+    there = [*FOR_ANY_TARGET, *(f"ridge_{source}" for source in ridge_files)]
     if names:
         ridge_files = {source: path for source, path in ridge_files.items() if f"ridge_{source}" in names}
     profiles = baseline_means(data, targets, ridge_files)
@@ -1278,7 +1280,7 @@ def baseline_runs(names, ridge_files, targets_of, keep, data):
     runs = []
     for model_name in names or profiles:
         if model_name not in profiles:
-            sys.exit(f"error: --run {model_name}: no such baseline here; there are: {', '.join(profiles)}")
+            sys.exit(f"error: --run {model_name}: no such baseline here; there are: {', '.join(there)}")
         changes = dict(zip(targets_of, (profiles[model_name] - data.ctrl).astype(np.float32)))
         if model_name in ("additive", "matching-mean") and new:
             print(f"{model_name} says nothing of {shown(new)}: never perturbed alone in training")

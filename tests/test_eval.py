@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import scipy.sparse
 import scipy.stats
 import torch
 from scipy import sparse
@@ -710,11 +711,17 @@ def test_own_cells_on_another_scale_are_brought_to_the_datasets(results, evaluat
     np.testing.assert_allclose(own[0].toarray(), log, atol=1e-4)
 
 
-@pytest.mark.parametrize("genes", [2, 60])
+@pytest.mark.parametrize("genes", [2, 60, 0])
 def test_what_a_perturbation_does_to_genes_is_no_change_of_scale(results, evaluation, root, genes):
     data = results.data
     counts = np.expm1(data.X[data.ctrl_cells].toarray())
     counts[:, :genes] *= 200 if genes == 2 else 1.5  # a few genes change the sum, many the typical gene
+    if genes == 0:  # genes that control cells lack, and one that changes the sum
+        data = SimpleNamespace(**vars(data))
+        log = data.X[np.arange(data.X.shape[0])].toarray()
+        log[data.ctrl_cells, :80] = 0
+        data.X = scipy.sparse.csr_matrix(log)
+        counts[:, 127] *= 200
     if genes == 60:
         counts *= np.expm1(data.X[data.ctrl_cells].toarray()).sum() / counts.sum()
     path = root / "own.h5ad"
