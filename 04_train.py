@@ -720,8 +720,9 @@ def clear_folder(folder, config, force):
     --force they are what an earlier --force left behind."""
     old = read_config(folder)
     words = shared.difference(identity(old), identity(config))
-    if old and words and not force and any(folder.glob("*.pt")):
-        sys.exit(f"error: {folder} was trained otherwise ({words}); keep both with --name, or replace it "
+    if words and not force and any(folder.glob("*.pt")):
+        reason = words if old else "its config.json is missing"
+        sys.exit(f"error: {folder} was trained otherwise ({reason}); keep both with --name, or replace it "
                  "with --force")
     is_lost = old.get("finished") and not (folder / "model.pt").exists()
     if is_lost:

@@ -461,6 +461,14 @@ def test_other_settings_in_the_same_folder_are_an_error_that_names_them_and_name
     assert config_of(root, "scgpt,name=fast/seed42")["lr"] == 0.5
 
 
+def test_weights_without_their_settings_are_not_thrown_away(root):
+    train(root, "--epochs", 1)
+    before = weights(root)
+    (root / "runs/demo/scgpt/seed42/config.json").unlink()
+    assert "its config.json is missing" in train(root, "--epochs", 1, run=error_of)
+    assert are_equal(before, weights(root))
+
+
 def test_a_run_without_a_whole_epoch_is_replaced_by_other_settings(root):
     train(root, "--epochs", 1, "--lr", 1e25, run=error_of)
     train(root, "--epochs", 1, "--lr", 1e-3)
