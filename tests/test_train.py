@@ -576,13 +576,6 @@ def test_two_trainings_in_one_folder_at_once_the_second_ends_in_a_line(root):
     process.communicate()
 
 
-def test_a_folder_without_its_config_is_trained_anew(root):
-    train(root, "--epochs", 1)
-    (root / "runs/demo/scgpt/seed42/config.json").unlink()
-    assert "goes on after" not in train(root, "--epochs", 1, "--lr", 5e-4).stdout
-    assert [row["lr"] for row in log_of(root)] == ["0.0005"]
-
-
 def test_a_run_killed_between_state_and_model_gets_its_best_model_back(root):
     train(root, "--epochs", 2)
     run = root / "runs/demo/scgpt/seed42"
