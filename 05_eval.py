@@ -377,7 +377,7 @@ def trained_singles(data):
     return rows_of
 
 
-def baseline_means(data, targets, ridge_files={}):
+def baseline_means(data, targets, ridge_files):
     """Mean profiles that the deterministic baselines predict for each of P lists of targets (gene indices):
     {name: (P, genes)}. ridge_files: {source: file of vectors}."""
     mean = data.mean.astype(np.float64)
@@ -499,7 +499,7 @@ def read_external(item, data, test, args):
             sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: "
                      f"{shown(missing, 3)}; it has {shown(genes, 3)}")
         blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
-        means = label_means(blocks, label_of_cell, len(labels), len(genes))
+        means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
 
     means = means[:, [column_of[gene] for gene in test.genes]]
     mean_of, notations = {}, label_notations(set(data.genes), args)
@@ -514,30 +514,33 @@ def read_external(item, data, test, args):
         sys.exit(f"error: {path}: obs/condition has none of the {len(test.rows)} test conditions, such as "
                  f"{test.names[0]!r}, or NaN in all of them")
     print(f"{name}: {len(found)} of the {len(test.rows)} test conditions are in {path}")
-    check_values(found, test.ctrl, path)
+    check_values(found, is_whole, test.ctrl, path)
     return name, "", profiles, test.true
 
 
 def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks."""
+    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks; and
+    whether all values are whole numbers."""
     every_cell = np.arange(len(label_of_cell))
     is_of_label = sparse.csc_matrix((np.ones(len(every_cell)), (label_of_cell, every_cell)),
                                     shape=(n_labels, len(every_cell)))
-    sums = np.zeros((n_labels, n_genes))
+    sums, is_whole = np.zeros((n_labels, n_genes)), True
     for cells, X in blocks:
         sums += (is_of_label[:, cells] @ X).toarray()
+        is_whole = is_whole and (X.data == np.round(X.data)).all()
     with np.errstate(invalid="ignore"):
-        return sums / np.asarray(is_of_label.sum(axis=1))
+        return sums / np.asarray(is_of_label.sum(axis=1)), is_whole
 
 
-def check_values(profiles, ctrl, path):
-    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale. ctrl
-    (G,): the dataset's control profile."""
+def check_values(profiles, is_whole, ctrl, path):
+    """End the run for profiles (n, G) that cannot be log-normalized expression; warn of another scale.
+
+    is_whole: whether all values were whole numbers; ctrl (G,): the dataset's control profile.
+    """
     is_near_zero = (profiles ** 2).mean() < ((profiles - ctrl) ** 2).mean()
-    is_whole = (profiles == np.round(profiles)).all()
     if profiles.min() < -1 or (profiles.min() < 0 and is_near_zero):
         looks_like = "values around 0, as changes and z-scores have"
-    elif profiles.max() > prepare.USUAL_LOG or is_whole:
+    elif is_whole or profiles.max() > prepare.USUAL_LOG:
         looks_like = f"{'whole ' if is_whole else ''}values up to {profiles.max():,.0f}, as counts have"
     else:
         ratio = np.expm1(profiles).sum(1).mean() / np.expm1(ctrl).sum()

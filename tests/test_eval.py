@@ -179,7 +179,7 @@ def test_the_random_baseline_is_one_training_perturbation_drawn_ten_times(result
 
 def test_matching_mean_and_additive_take_the_parts_trained_profiles(evaluation):
     data = small_screen()
-    means = evaluation.baseline_means(data, evaluation.targets_at(data, [5, 6, 7]))
+    means = evaluation.baseline_means(data, evaluation.targets_at(data, [5, 6, 7]), {})
     ctrl, B = data.mean[0], data.mean[3]
     A = (2 * data.mean[1] + 6 * data.mean[2]) / 8  # its two labels by their cells
     non_ctrl = data.mean[1:5].mean(0)
@@ -424,6 +424,13 @@ def test_values_that_are_no_log_normalized_expression_are_refused_with_what_they
     labels, means, ctrl = held_out_means(results.data)
     path = write_external(root / "x.h5ad", labels, results.data.genes, change(means, ctrl))
     assert words in error_of("05_eval.py", "--external", f"other={path}", root=root)
+
+
+def test_counts_of_cells_are_refused_though_their_means_are_small_and_no_whole_numbers(results, root):
+    labels, means, _ = held_out_means(results.data)
+    counts = np.random.default_rng(0).poisson(np.repeat(means, 7, axis=0)).astype(np.float32)
+    path = write_external(root / "x.h5ad", np.repeat(labels, 7).tolist(), results.data.genes, counts)
+    assert "as counts have" in error_of("05_eval.py", "--external", f"other={path}", root=root)
 
 
 def test_another_method_may_write_pairs_as_gears_does_in_a_gzipped_file(results, root):
