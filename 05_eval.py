@@ -1218,6 +1218,10 @@ def predict_wanted(wanted, data, runs, ridge_files, args, folder=None):
     names, baselines = [item for item in args.run if is_baseline(item)], []
     if names or not runs:  # first, since a wrong name costs only seconds here
         baselines = baseline_runs(names, ridge_files, targets_of, keep, data)
+    for baseline in baselines:
+        silent = [name for name in wanted if name not in baseline.changes]
+        if silent:
+            print(f"{baseline.name} says nothing of {shown(silent)}: never perturbed alone in training")
     n_models = len({run.name for run in runs + baselines})
     advice = " (--controls 20 is quicker)" if len(wanted) > MOST_FIGURES and not args.controls else ""
     print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(data.control)}{advice}")
@@ -1285,8 +1289,7 @@ def baseline_runs(names, ridge_files, targets_of, keep, data):
         if model_name not in profiles:
             sys.exit(f"error: --run {model_name}: no such baseline here; there are: {', '.join(there)}")
         changes = dict(zip(targets_of, (profiles[model_name] - data.ctrl).astype(np.float32)))
-        if model_name in ("additive", "matching-mean") and new:
-            print(f"{model_name} says nothing of {shown(new)}: never perturbed alone in training")
+        if model_name in ("additive", "matching-mean"):
             for name in new:
                 del changes[name]
         own_cells = {name: data.control + changes[name] for name in keep if name in changes}
