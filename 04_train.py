@@ -4,7 +4,8 @@
     python 04_train.py --dataset norman                    scGPT, scGenePT, its shuffled control; pretrained
     python 04_train.py --dataset norman --variant scgenept_go_c --seed 42 23 89 30 12
     python 04_train.py --dataset mine --variant scgpt scgenept_notes --no-pretrained --d-model 128
-    torchrun --nproc_per_node 4 04_train.py --dataset norman      the same on four GPUs
+    torchrun --nproc_per_node 4 04_train.py --dataset norman      the same on four GPUs (several machines
+                                                                  need --root on a disk that all share)
 
 Variants: scgpt; scgenept_<source>, with several sources scgenept_<source>+<source>; genept_<source> (language
 alone), -scratch after either (random attention); scgpt-counts, scgpt-tokens (scGPT without that
@@ -285,7 +286,7 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL and pinned memory would use the first GPU otherwise
+            torch.cuda.set_device(device)  # NCCL would use the first GPU otherwise
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
     return device
@@ -335,7 +336,7 @@ def sum_over_processes(value, machine):
 # Batches
 
 def on_device(array, device):
-    """A NumPy array as a tensor; to a GPU through pinned memory, so that the copy waits for no other work."""
+    """A NumPy array as a tensor; to a GPU through pinned memory, so that the program need not wait for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -424,6 +425,9 @@ def read_batch(cells, genes, job):
 def read_ahead(steps, job):
     """Yield read_batch of each (cells, genes) of `steps`. A thread reads the next one meanwhile: the cells
     may lie on a disk."""
+    if job.machine.device.type == "mps":  # which two threads cannot safely share
+        yield from (read_batch(cells, genes, job) for cells, genes in steps)
+        return
     with ThreadPoolExecutor(1) as thread:
         futures = (thread.submit(read_batch, cells, genes, job) for cells, genes in steps)
         for batch, _ in pairwise(chain(futures, [None])):  # the second of a pair is being read by now
@@ -445,7 +449,9 @@ def train(run, net, data, settings, seed, machine):
     state = new_state(net, settings, machine)
     if (run / "state.pt").exists():
         resume(state, run, machine)
-    parallel = torch.nn.parallel.DistributedDataParallel(net) if machine.n_processes > 1 else net
+    parallel = net
+    if machine.n_processes > 1:
+        parallel = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
     while len(state.log) < settings["epochs"] and not has_stopped(state.log):
         started = time.perf_counter()
@@ -538,8 +544,9 @@ def add_gradients(net, state, job, batch):
         try:
             return add_parts(net, state, job, batch)
         except torch.cuda.OutOfMemoryError:
-            is_whole = job.machine.n_processes > 1 or job.settings["align"] == "batchnorm"
-            if job.cells_at_once == 1 or is_whole:
+            # Other processes may have got their gradients; batchnorm takes a batch in one piece
+            cannot_repeat = job.machine.n_processes > 1 or job.settings["align"] == "batchnorm"
+            if job.cells_at_once == 1 or cannot_repeat:
                 raise
         # Out here, the error no longer holds the tensors of the pass that failed
         job.cells_at_once = math.ceil(job.cells_at_once / 2)
@@ -549,8 +556,8 @@ def add_gradients(net, state, job, batch):
 
 
 def add_parts(net, state, job, batch):
-    """Add up the gradients of a batch, one part of its cells after the other: what one piece would give, in
-    less memory."""
+    """Add up the gradients of a batch, one part of its cells after the other: in less memory what one piece
+    would give, but that dropout draws other values."""
     parts = parts_of(batch, job)
     total = torch.zeros((), device=job.machine.device)
     for part in parts:
@@ -593,6 +600,9 @@ def squared_error(net, job, batch, part):
 def cells_at_once(net, n_genes, settings, machine):
     """How many cells of a batch go through the model at once, with what their gradients need: the option's
     number, or as many as fit into the free memory of a GPU, and else into CPU_MEMORY."""
+    if machine.device.type == "cuda":
+        gc.collect()  # an optimizer refers to itself: the run before may still lie in memory
+        torch.cuda.empty_cache()
     n_cells = settings["batch_size"] // machine.n_processes
     if settings["align"] == "batchnorm":
         return n_cells
@@ -605,12 +615,11 @@ def cells_at_once(net, n_genes, settings, machine):
     numbers = n_genes * (n_layers * (12 * config.d_model + 2 * config.d_hid) + 12 * config.d_model)
     memory = CPU_MEMORY
     if machine.device.type == "cuda":
-        gc.collect()  # an optimizer refers to itself: the run before may still lie in memory
-        torch.cuda.empty_cache()
         for_weights = 16 * sum(p.numel() for p in net.parameters())  # and gradients, and Adam's moments
         # A quarter of the memory may hold the expression matrix
         memory = 0.6 * torch.cuda.mem_get_info(machine.device)[0] - for_weights
-    elif config.attention_dropout:  # no fused attention: every gene's weight for every gene is kept
+    elif config.attention_dropout or machine.device.type == "mps":
+        # No fused attention: every gene's weight for every gene is kept
         numbers += 3 * n_layers * config.n_heads * n_genes ** 2
     return min(max(1, int(memory // (4 * numbers))), n_cells)
 
@@ -803,8 +812,8 @@ def parse_arguments():
     add("--epochs", type=shared.positive, metavar="N", help="at most")
     add("--batch-size", type=shared.positive, metavar="N", help="cells a batch")
     add("--cells-at-once", type=shared.positive, metavar="N",
-        help="a batch goes through the model in parts of so many cells: less memory, the same training "
-             "(default: as many as fit)")
+        help="a batch goes through the model in parts of so many cells: less memory, the same training but "
+             "for what dropout draws (default: as many as fit)")
     add("--lr", type=float, metavar="X", help="Adam's learning rate, times 0.9 after each epoch")
     add("--genes-per-batch", type=shared.positive, metavar="N", help="genes drawn for a batch")
     add("--targets-in-batch", action="store_true",

@@ -69,12 +69,13 @@ from scipy.cluster import hierarchy
 from tqdm import tqdm
 
 import metrics
-import model
 
 shared = importlib.import_module("01_fetch_annotations")
 embed = importlib.import_module("02_embed")
 prepare = importlib.import_module("03_prepare_data")
-training = importlib.import_module("04_train")
+training = importlib.import_module("04_train")  # before model: it sets what torch reads when it is loaded
+import model
+
 shown = shared.shown
 
 BUCKET = "https://czi-scgenept-public.s3.amazonaws.com/"

@@ -120,10 +120,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):  # (B, L, d) -> (B, L, d)
         B, L, d = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3d)
-        qkv = qkv.view(B, L, 3, self.n_heads, d // self.n_heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, d/heads)
-        q, k, v = qkv.contiguous() if x.device.type == "cpu" else qkv  # contiguous: 5% faster on a CPU
+        parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)  # each (B, L, d)
+        shape = B, L, self.n_heads, d // self.n_heads
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts)  # each (B, heads, L, d / heads)
+        if x.device.type == "cpu":  # 5% faster there
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, d))
 
@@ -263,7 +264,7 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
 
     gene_ids (G,): vocabulary rows; control (N, G): log-normalized expression; perturbed_idx: positions
     (0..G-1) of the perturbed genes; batch_size: cells at a time, by default about 5,000 values on a CPU,
-    whose memory is slow, and on a GPU 80,000, or what fits into half of its free memory. Returns (N, G)
+    whose memory is slow, and on CUDA 80,000, or what fits into half of its free memory. Returns (N, G)
     float32 (numpy). Memory grows with batch_size, not with N. Leaves the model in its mode. Raises ValueError
     for shapes that disagree, positions outside the genes, and genes that the model has no row for.
     """
@@ -273,9 +274,9 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
     perturbed_idx = np.atleast_1d(np.asarray(perturbed_idx, dtype=np.int64))
     _check_inputs(model, gene_ids, control, perturbed_idx)
 
-    n_values = 5_000 if device.type == "cpu" else 80_000
+    n_values = 5_000
     if device.type == "cuda":  # a layer holds at most 16 vectors per gene
-        n_values = min(n_values, torch.cuda.mem_get_info(device)[0] // (2 * 16 * 4 * model.config.d_model))
+        n_values = min(80_000, torch.cuda.mem_get_info(device)[0] // (2 * 16 * 4 * model.config.d_model))
     batch_size = batch_size or max(1, n_values // max(1, len(gene_ids)))
     perturbed = torch.zeros(1, len(gene_ids), dtype=torch.bool)
     perturbed[0, perturbed_idx] = True
@@ -283,11 +284,13 @@ def predict(model, gene_ids, control, perturbed_idx, batch_size=None):
     predicted = np.empty(control.shape, dtype=np.float32)
     was_training = model.training
     model.eval()
-    for start in range(0, len(control), batch_size):
-        cells = torch.as_tensor(control[start:start + batch_size], dtype=torch.float32).to(device)
-        output = model(gene_ids, cells, perturbed.expand(len(cells), -1))
-        predicted[start:start + batch_size] = output.float().cpu().numpy()
-    model.train(was_training)
+    try:
+        for start in range(0, len(control), batch_size):
+            cells = torch.as_tensor(control[start:start + batch_size], dtype=torch.float32).to(device)
+            output = model(gene_ids, cells, perturbed.expand(len(cells), -1))
+            predicted[start:start + batch_size] = output.float().cpu().numpy()
+    finally:
+        model.train(was_training)
     return predicted
 
 

@@ -704,6 +704,8 @@ def gpu_rounding(folder, device):
 def gpu_processes(folder, device):
     import torch
     n = 2 if device == "cpu" else torch.cuda.device_count()
+    if n < 2:
+        return row("torchrun", "", "needs two cards")
     printed, seconds = timed([
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n,
         KIT / "04_train.py", "--root", folder, "--device", device.partition(":")[0], "--variant", "scgpt",
