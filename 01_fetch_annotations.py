@@ -490,8 +490,13 @@ def main():
 # ----------------------------------------------------------------------------------------------------------
 # Shared by all stages: command line
 
-# Stage 03 downloads these
-HOSTED = ("norman", "adamson", "dixit", "replogle_k562_essential", "replogle_rpe1_essential")
+# Datasets that GEARS hosts, as `download` takes them: stage 03 downloads them
+DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile/"
+HOSTED = {"norman": {"url": DATAVERSE + "6154020", "size": 168_758_985},
+          "adamson": {"url": DATAVERSE + "6154417"},
+          "dixit": {"url": DATAVERSE + "6154416"},
+          "replogle_k562_essential": {"url": DATAVERSE + "7458695"},
+          "replogle_rpe1_essential": {"url": DATAVERSE + "7458694"}}
 
 
 def run(main):

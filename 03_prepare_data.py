@@ -57,16 +57,7 @@ from tqdm import tqdm
 shared = importlib.import_module("01_fetch_annotations")
 shown = shared.shown
 
-# GEARS' hosted data: address, and where known the bytes of the zip and the SHA-256 of the h5ad in it
-DATAVERSE = "https://dataverse.harvard.edu/api/access/datafile/"
-NORMAN_SHA256 = "23ffb0fac6a847ff927cf7509d80d85052bfefbfb97610786a2dafaaefa0b6a0"
-DATASETS = {
-    "norman": (DATAVERSE + "6154020", 168_758_985, NORMAN_SHA256),
-    "adamson": (DATAVERSE + "6154417", None, None),
-    "dixit": (DATAVERSE + "6154416", None, None),
-    "replogle_k562_essential": (DATAVERSE + "7458695", None, None),
-    "replogle_rpe1_essential": (DATAVERSE + "7458694", None, None),
-}
+KNOWN_SHA256 = {"norman": "23ffb0fac6a847ff927cf7509d80d85052bfefbfb97610786a2dafaaefa0b6a0"}  # of the h5ad
 CONTROL = "ctrl"   # what control cells are called from here on, whatever the source calls them
 N_TOP = 20         # differentially expressed genes that the metrics look at
 MOST_TARGETS = 10  # a cell with more guides than this is no designed combination
@@ -1197,8 +1188,8 @@ def check_arguments(args):
         args.vocab, args.normalize = "none", True
         if args.h5ad:
             sys.exit("error: --h5ad needs a name of its own: --dataset NAME")
-    elif not args.h5ad and args.dataset not in DATASETS:
-        known = ", ".join(DATASETS)
+    elif not args.h5ad and args.dataset not in shared.HOSTED:
+        known = ", ".join(shared.HOSTED)
         sys.exit(f"error: unknown dataset {args.dataset!r}: demo, {known}, or your own with --h5ad FILE")
     for path in (args.h5ad, args.vocab, args.split):
         if path not in (None, "none", "simulation") and not Path(path).exists():
@@ -1249,8 +1240,8 @@ def main():
         if not source.exists():
             simulate_demo(source)
     elif not source:
-        url, n_bytes, sha256 = DATASETS[args.dataset]
-        source = shared.download(url, folder / f"{args.dataset}.zip", size=n_bytes)
+        source = shared.download(path=folder / f"{args.dataset}.zip", **shared.HOSTED[args.dataset])
+        sha256 = KNOWN_SHA256.get(args.dataset)
     vocab_path, vocab, vocab_name = None, None, "own genes"
     if args.vocab != "none":
         vocab_path = args.vocab or args.root / "data" / "human" / "scgpt" / "vocab.json"
