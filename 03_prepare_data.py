@@ -1014,16 +1014,15 @@ def write_dataset(path, made, attributes, data):
         shape = len(data.cell_condition), len(data.genes)
         blocks = write_blocks(file, "X", data.blocks(), data.n_values, shape)
         mean, variance = moments(blocks, data.cell_condition, len(data.conditions), len(data.genes))
-        de_idx = data.rankings
-        if de_idx is None:
+        data.mean, data.de_idx = mean.astype(np.float32), data.rankings
+        if data.rankings is None:
             n_cells = np.bincount(data.cell_condition)
             ctrl = list(data.conditions).index(CONTROL)
-            de_idx = rank_de(mean, variance, n_cells, ctrl, data.measured.sum())
-        fields = vars(data) | {"mean": mean.astype(np.float32), "de_idx": de_idx}
+            data.de_idx = rank_de(mean, variance, n_cells, ctrl, data.measured.sum())
         for name in ARRAYS:
-            file[name] = fields[name]
+            file[name] = getattr(data, name)
         for name in TEXTS:
-            shared.write_strings(file, name, fields[name])
+            shared.write_strings(file, name, getattr(data, name))
 
 
 class ExpressionMatrix:
