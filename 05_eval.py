@@ -48,6 +48,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import importlib
 import itertools
@@ -64,7 +65,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from scipy import sparse
 from scipy.cluster import hierarchy
 from tqdm import tqdm
 
@@ -499,8 +499,10 @@ def read_external(item, data, test, args):
         if missing:
             sys.exit(f"error: {path}: lacks {len(missing):,} of {len(test.genes):,} genes: "
                      f"{shown(missing, 3)}; it has {shown(genes, 3)}")
-        blocks = prepare.expression_blocks(h5ad, args, len(label_of_cell), len(genes))
-        means, is_whole = label_means(blocks, label_of_cell, len(labels), len(genes))
+        blocks = functools.partial(prepare.expression_blocks, h5ad, args, len(label_of_cell), len(genes))
+        is_whole = all((X.data == np.round(X.data)).all() for _, X in blocks())
+        with np.errstate(invalid="ignore"):  # NaN for a label without cells
+            means, _ = prepare.moments((X for _, X in blocks()), label_of_cell, len(labels), len(genes))
 
     means = means[:, [column_of[gene] for gene in test.genes]]
     mean_of, notations = {}, label_notations(set(data.genes), args)
@@ -517,20 +519,6 @@ def read_external(item, data, test, args):
     print(f"{name}: {len(found)} of the {len(test.rows)} test conditions are in {path}")
     check_values(found, is_whole, test.ctrl, path)
     return name, "", profiles, test.true
-
-
-def label_means(blocks, label_of_cell, n_labels, n_genes):
-    """Mean profile of each label (n_labels, n_genes), NaN for one without cells, from expression_blocks; and
-    whether all values are whole numbers."""
-    every_cell = np.arange(len(label_of_cell))
-    is_of_label = sparse.csc_matrix((np.ones(len(every_cell)), (label_of_cell, every_cell)),
-                                    shape=(n_labels, len(every_cell)))
-    sums, is_whole = np.zeros((n_labels, n_genes)), True
-    for cells, X in blocks:
-        sums += (is_of_label[:, cells] @ X).toarray()
-        is_whole = is_whole and (X.data == np.round(X.data)).all()
-    with np.errstate(invalid="ignore"):
-        return sums / np.asarray(is_of_label.sum(axis=1)), is_whole
 
 
 def check_values(profiles, is_whole, ctrl, path):
