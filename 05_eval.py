@@ -412,21 +412,20 @@ def ridge_means(data, wanted, path):
     error on the validation conditions.
     """
     vector_of = dict(zip(*embed.read_embeddings(path)))
-    trained, parts = [], []  # conditions of which a target has a vector, and their targets
+    has_vector = np.array([gene in vector_of for gene in data.genes])
     train, val = np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "val")
-    for row, targets in zip(train, targets_at(data, train)):
-        if not vector_of.keys().isdisjoint(data.genes[targets]):
-            trained.append(row)
-            parts.append(targets)
-    if not trained:
+    train = [row for row, targets in zip(train, targets_at(data, train)) if has_vector[targets].any()]
+    if not train:
         return None
-    seen = data.genes[np.unique(np.concatenate(parts))]
-    mean_vector = np.mean([vector_of[gene] for gene in seen if gene in vector_of], 0, dtype=np.float64)
+    seen = np.unique(np.concatenate(targets_at(data, train)))
+    known = data.genes[seen[has_vector[seen]]]
+    mean_vector = np.mean([vector_of[gene] for gene in known], axis=0, dtype=np.float64)
+    vectors = np.array([vector_of.get(gene, mean_vector) for gene in data.genes], dtype=np.float64)
 
     # x: what describes each condition, y: its mean profile
-    x, x_val, x_wanted = (sum_vectors(data.genes, targets, vector_of, mean_vector)
-                          for targets in (parts, targets_at(data, val), wanted))
-    y, y_val = data.mean[trained].astype(np.float64), data.mean[val].astype(np.float64)
+    parts = targets_at(data, train), targets_at(data, val), wanted
+    x, x_val, x_wanted = (np.array([vectors[targets].sum(0) for targets in part]) for part in parts)
+    y, y_val = data.mean[train].astype(np.float64), data.mean[val].astype(np.float64)
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
 
@@ -440,15 +439,6 @@ def ridge_means(data, wanted, path):
         if error < lowest:
             lowest, best = error, y_mean + (x_wanted - x_mean) @ weights
     return best
-
-
-def sum_vectors(genes, wanted, vector_of, default):
-    """The sum of the targets' vectors (width,), for each of n lists of targets (gene indices): (n, width)."""
-    sums = np.zeros((len(wanted), len(default)))
-    for i, targets in enumerate(wanted):
-        for gene in genes[targets]:
-            sums[i] += vector_of.get(gene, default)
-    return sums
 
 
 def halves(data, rows, draw):
