@@ -321,22 +321,19 @@ def write_predicted_cells(path, made, data, blocks):
     (n, G)), ...]."""
     X = np.concatenate([cells[:, data.measured] for _, _, cells in blocks])
     np.maximum(X, 0, out=X)  # models are linear at the end; readers refuse log-normalized values below 0
-    obs = {"condition": [], "model": [], "seed": []}
+    obs = {"condition": [], "model": [], "seed": [], "target_gene": []}
     for run, condition, cells in blocks:
         obs["condition"] += [condition] * len(cells)
         obs["model"] += [run.name] * len(cells)
         obs["seed"] += [run.seed] * len(cells)
-    write_cells(path, made, data, X, obs, "predicted cells below measured control cells")
+        obs["target_gene"] += [target_gene(condition)] * len(cells)
+    write_h5ad(path, made, data, X, obs, "predicted cells below measured control cells")
 
 
-def write_cells(path, made, data, X, obs, what):
-    """Write cells X (cells, measured genes) with obs {column: values}, to which this adds target_gene: the
-    targets joined by +, or `ctrl`. cell-eval leaves these genes out of some scores."""
-    obs["target_gene"] = []
-    for label in obs["condition"]:
-        targets = [part for part in label.split("+") if part != prepare.CONTROL]
-        obs["target_gene"].append("+".join(targets) or prepare.CONTROL)
-    write_h5ad(path, made, data, X, obs, what)
+def target_gene(label):
+    """The targets of a condition joined by +, or `ctrl`: cell-eval leaves these genes out of some scores."""
+    targets = [part for part in label.split("+") if part != prepare.CONTROL]
+    return "+".join(targets) or prepare.CONTROL
 
 
 def write_h5ad(path, made, data, X, obs, what, control=None):
@@ -351,8 +348,9 @@ def write_measured_cells(path, data, test, force):
     if not shared.is_current(path, made, force):
         is_shown = np.isin(data.split, ["ctrl", "test"])[data.cell_condition]
         X = data.X[np.flatnonzero(is_shown)][:, data.measured]
-        obs = {"condition": data.conditions[data.cell_condition[is_shown]]}
-        write_cells(path, made, data, X, obs, "measured cells")
+        labels = data.conditions[data.cell_condition[is_shown]]
+        obs = {"condition": labels, "target_gene": [target_gene(label) for label in labels]}
+        write_h5ad(path, made, data, X, obs, "measured cells")
 
 
 # ----------------------------------------------------------------------------------------------------------
