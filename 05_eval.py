@@ -169,36 +169,35 @@ def fetch_released(variant, args):
     return paths
 
 
-def open_files(item, args):
-    """The models of FILE.pt, NAME=FILE.pt or released:VARIANT (fetched), as namespaces like find_runs'."""
-    if item.startswith("released:"):
-        variant = item.removeprefix("released:")
-        name, paths = f"{variant}-released", fetch_released(variant, args)
-    else:
-        name, path = "", Path(item)
-        if not path.exists():
-            name, _, file = item.rpartition("=")
-            path = Path(file)
-        if not path.exists():
-            sys.exit(f"error: --run {item}: {path} does not exist")
-        name, paths = shared.check_name(name or path.stem.replace(".", "_"), "--run"), [path]
-    runs = []
-    for path in paths:
+def named_file(item, option):
+    """The name and path of a model: NAME=FILE, or FILE, which goes by its own name."""
+    name, path = "", Path(item)
+    if not path.exists():
+        name, _, file = item.rpartition("=")
+        path = Path(file)
+    if not path.is_file():
+        sys.exit(f"error: {option} {item}: {path} does not exist")
+    return shared.check_name(name or path.stem.replace(".", "_"), option), path
+
+
+def find_models(args):
+    """The models of --run: the kit's runs (by default all finished ones), and files, as namespaces like
+    those of find_runs."""
+    names, files = [], []
+    for item in args.run:
+        if item.startswith("released:"):
+            variant = item.removeprefix("released:")
+            files += [(f"{variant}-released", path) for path in fetch_released(variant, args)]
+        elif item.endswith(".pt"):
+            files.append(named_file(item, "--run"))
+        elif not is_baseline(item):
+            names.append(item)
+    runs = training.find_runs(args.root, args.dataset, names if args.run else None)
+    for name, path in files:
         found = re.search(r"seed_?(\d+)", path.name)
         seed = int(found[1]) if found else 0
         runs.append(SimpleNamespace(name=name, seed=seed, path=path, config={}))
     return runs
-
-
-def find_models(args):
-    """The models of --run: the kit's runs, and files. By default all finished runs."""
-    names, files = [], []
-    for item in args.run:
-        if item.endswith(".pt") or item.startswith("released:"):
-            files += open_files(item, args)
-        elif not is_baseline(item):
-            names.append(item)
-    return training.find_runs(args.root, args.dataset, names if args.run else None) + files
 
 
 def is_baseline(item):
@@ -474,11 +473,8 @@ def read_external(item, data, test, args):
     Returns what `compare` takes: name, seed "", mean profiles (P, G), NaN for conditions that the file
     lacks, and the true ones.
     """
-    name, _, path = item.partition("=")
-    if not Path(path).is_file():
-        sys.exit(f"error: --external {item}: expected NAME=FILE.h5ad, a file that exists")
-    shared.check_name(name, "--external")
-    with prepare.open_cells(Path(path), args.root / "data" / args.dataset) as h5ad:
+    name, path = named_file(item, "--external")
+    with prepare.open_cells(path, args.root / "data" / args.dataset) as h5ad:
         with shared.read_h5(h5ad) as file:
             genes, _ = prepare.find_genes(file, args)
             labels, label_of_cell = prepare.read_column(file["obs"], "condition")
@@ -1721,7 +1717,7 @@ def parse_arguments(words=None):
 def check_names(runs, ridge_files, external):
     """End the run where two models would have the same name in the tables."""
     names = [*BASELINES, CEILING, *(f"ridge_{source}" for source in ridge_files)]
-    names += [item.split("=")[0] for item in external]
+    names += [named_file(item, "--external")[0] for item in external]
     names += {run.name for run in runs}
     names += [f"{run.name}, seed {run.seed}" for run in runs]
     name, n = Counter(names).most_common(1)[0]
