@@ -681,7 +681,7 @@ def best_of(names, outcome):
 
 def best_model(outcome):
     """The best ranked model that is not a shuffled control; None if no model is ranked."""
-    ranked = [name for name in outcome.models if name not in outcome.unranked and "-shuffled" not in name]
+    ranked = [name for name in outcome.models if name not in outcome.unranked and is_informative(name)]
     return best_of(ranked, outcome)
 
 
@@ -867,8 +867,7 @@ def print_table(outcome, test, data):
             break
     title = ("Pearson Δ top 20: correlation of predicted with measured change, 20 most changed genes"
              + synthetic(data))
-    words = textwrap.fill(verdict(outcome)[0], width, break_on_hyphens=False)  # names have hyphens
-    print(f"\n{textwrap.fill(title, width)}\n\n{table}\n\n{words}\n")
+    print(f"\n{wrapped(title, '')}\n\n{table}\n\n{wrapped(verdict(outcome)[0], '')}\n")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1347,7 +1346,7 @@ def best_first(runs, summary):
             for row in csv.DictReader(file):
                 if (row["subgroup"], row["metric"]) == ("all", MAIN_METRIC):
                     pearson_of[row["model"]] = float(row["mean"])
-    return sorted(runs, key=lambda run: ("-shuffled" in run.name, -pearson_of.get(run.name, -1)))
+    return sorted(runs, key=lambda run: (not is_informative(run.name), -pearson_of.get(run.name, -1)))
 
 
 def print_effects(wanted, effects):
@@ -1360,7 +1359,7 @@ def print_effects(wanted, effects):
                 print(f"{name}: {MEASURED[of_name[0].measured]}")
             for effect in of_name:
                 top = " ".join(effect.top_genes.split()[:5])
-                print_wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ...")
+                print(wrapped(f"  {effect.model}: effect {effect.effect_rms:.4f}; {top} ..."))
         return
 
     new = [effect for effect in effects if effect.measured == "no"]
@@ -1377,10 +1376,10 @@ def print_effects(wanted, effects):
         print(f"  {name}: {priority}effect {effect.effect_rms:.4f} by {effect.model}")
 
 
-def print_wrapped(line):
-    """Print a line, wrapped to the width of the terminal."""
-    print(textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ",
-                        break_on_hyphens=False))  # names have hyphens
+def wrapped(line, indent="    "):
+    """A line, wrapped to the width of the terminal."""
+    return textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent=indent,
+                         break_on_hyphens=False)  # names have hyphens
 
 
 def most_changed(change, data, n=20):
@@ -1654,7 +1653,7 @@ def print_towards(answers, targets, wanted, args):
         for rank, (name, *_) in enumerate(ranked, 1):
             if targets == set(wanted[name]):
                 line += f"; {name} itself has rank {rank} of {len(ranked)}"
-        print_wrapped(line)
+        print(wrapped(line))
 
 
 def draw_towards(path, answers, data, args):
