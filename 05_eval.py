@@ -22,9 +22,8 @@ gets the same control cells. Beside them stand baselines, which need no training
 measured.cells.h5ad: the pair that `cell-eval run --pert-col condition --control-pert ctrl` takes.
 
 --predict writes to results/<dataset>/predicted/<--name>/: predicted.csv (perturbations by the size of their
-effect), predicted_genes.csv (the 20 genes that change most), predicted.h5ad, and figures for a dozen at most.
---towards adds towards.csv: --predict's perturbations (or every gene's) ranked by how close they lead to it.
-The same from Python, with the same options:
+effect), predicted_genes.csv (the 20 genes that change most), predicted.h5ad, figures for a dozen at most, and
+towards.csv for --towards. The same from Python, with the same options:
 
     evaluation = importlib.import_module("05_eval")
     found = evaluation.predict("--dataset", "norman", "--predict", "KLF1", "CEBPE+KLF1")
@@ -451,8 +450,7 @@ def halves(data, rows, draw):
 
 
 def all_baselines(data, test, ridge_files):
-    """Yield the profiles of every baseline, as `compare` takes them. ridge_files: {source: file of vectors}.
-    """
+    """Yield the profiles of every baseline, as `compare` takes them."""
     measured = data.measured
     for name, means in baseline_means(data, targets_at(data, test.rows), ridge_files).items():
         yield name, "", means[:, measured], test.true
@@ -1692,8 +1690,7 @@ def parse_arguments(words=None):
     prepare.expression_options(parser)
     add("--skip-unknown", action="store_true", help="leave out what --predict does not know")
     add("--name", default="last", help="folder of what --predict finds (default: last)")
-    add("--cells", action="store_true", help="also write every predicted cell, below the control cells, as "
-        "*.cells.h5ad (they have to fit into memory)")
+    add("--cells", action="store_true", help="also write every predicted cell (they have to fit into memory)")
     add("--controls", type=shared.positive, metavar="N", help="control cells a condition (default: as many "
         f"as it has cells; --predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=shared.seed, default=42, metavar="N", help="draws the control cells (default: 42)")
