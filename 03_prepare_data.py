@@ -1133,6 +1133,8 @@ def parse_arguments():
     parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
     add = parser.add_argument
     add("--h5ad", type=Path, metavar="FILE", help="an AnnData file, also gzipped or in a zip")
+
+    add = parser.add_argument_group("labels").add_argument
     add("--condition-key", default="condition", metavar="COLUMN",
         help="obs column with the labels (default: condition)")
     add("--control", nargs="+", default=[CONTROL], metavar="LABEL",
@@ -1145,9 +1147,14 @@ def parse_arguments():
         help="finds the targets in a label, or in each of its parts: its groups are the targets, as in "
              "'(.+)_g[0-9]+' for KLF1_g2")
     add("--min-cells", type=int, default=0, metavar="N", help="leave out smaller conditions (default: 0)")
-    expression_options(parser)
+
+    group = parser.add_argument_group("expression")
+    expression_options(group)
+    add = group.add_argument
     add("--n-genes", type=shared.positive, metavar="N",
         help="keep the N most variable genes (scanpy's seurat flavour) and the targets (default: all)")
+
+    add = parser.add_argument_group("split and vocabulary").add_argument
     add("--split", default="simulation", metavar="simulation|none|FILE.json",
         help='the paper\'s split; none, to train on everything; or {"train": [label, ...], "val": [...], '
              '"test": [...]} (default: simulation)')

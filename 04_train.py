@@ -437,7 +437,7 @@ def read_ahead(steps, job):
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
-def train(run, net, data, settings, seed, machine):
+def train(run, net, data, settings, machine):
     """Train `net` in the folder `run`, from its state.pt if there is one; leaves model.pt, state.pt and
     log.csv. Returns the state that it reached (see new_state).
 
@@ -445,7 +445,7 @@ def train(run, net, data, settings, seed, machine):
     numbers as one that was not.
     """
     net.to(machine.device)
-    job = make_job(data, settings, seed, machine)
+    job = make_job(data, settings, machine)
     state = new_state(net, settings, machine)
     if (run / "state.pt").exists():
         resume(state, run, machine)
@@ -486,7 +486,7 @@ def has_stopped(log):
     return bool(log) and len(log) - best_of(log)["epoch"] >= PATIENCE
 
 
-def make_job(data, settings, seed, machine):
+def make_job(data, settings, machine):
     """What does not change during training, as a namespace: the arguments, the cells of the split, the input
     of each cell, and on the device token_ids (G,), measured (G,) and the reader of expression."""
     train_cells, val_cells = split_cells(data)
@@ -494,10 +494,9 @@ def make_job(data, settings, seed, machine):
     if not n_steps:
         sys.exit(f"error: {len(train_cells)} training cells are fewer than one batch; lower --batch-size")
     return SimpleNamespace(
-        data=data, settings=settings, seed=seed, machine=machine,
+        data=data, settings=settings, machine=machine,
         train_cells=train_cells, val_cells=val_cells, n_steps=n_steps,
-        cells_at_once=settings["cells_at_once"],
-        input_cell=pair_cells(data, seed), expression=expression_reader(data.X, machine.device),
+        input_cell=pair_cells(data, settings["seed"]), expression=expression_reader(data.X, machine.device),
         token_ids=torch.from_numpy(data.token_ids.astype(np.int64)).to(machine.device),
         measured=torch.from_numpy(data.measured).to(machine.device))
 
@@ -505,7 +504,7 @@ def make_job(data, settings, seed, machine):
 def train_epoch(net, state, job, epoch):
     """One pass over the training cells. Returns the mean of its batches' losses."""
     settings, machine = job.settings, job.machine
-    rng = random_stream("batches", job.seed, epoch)
+    rng = random_stream("batches", settings["seed"], epoch)
     cells_in_order = rng.permutation(job.train_cells)[:job.n_steps * settings["batch_size"]]
     steps = batches(job.data, cells_in_order, settings["batch_size"], settings["genes_per_batch"], rng,
                     settings["targets_in_batch"])
@@ -515,7 +514,8 @@ def train_epoch(net, state, job, epoch):
     net.train()
     for step, batch in enumerate(progress, 1):
         # Seeded at each step, so that dropout is the same after a resume
-        torch.manual_seed(int(random_stream("dropout", job.seed, epoch, step, machine.rank).integers(2**63)))
+        rng_of_step = random_stream("dropout", settings["seed"], epoch, step, machine.rank)
+        torch.manual_seed(int(rng_of_step.integers(2**63)))
         loss = add_gradients(net, state, job, batch)
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -540,17 +540,18 @@ def train_epoch(net, state, job, epoch):
 def add_gradients(net, state, job, batch):
     """The gradients of a batch's mean squared error, with fewer cells at once where a GPU's memory is too
     small. Returns this process's error, without gradient."""
+    settings = job.settings
     while True:
         try:
             return add_parts(net, state, job, batch)
         except torch.cuda.OutOfMemoryError:
             # Other processes may have got their gradients; batchnorm takes a batch in one piece
-            cannot_repeat = job.machine.n_processes > 1 or job.settings["align"] == "batchnorm"
-            if job.cells_at_once == 1 or cannot_repeat:
+            cannot_repeat = job.machine.n_processes > 1 or settings["align"] == "batchnorm"
+            if settings["cells_at_once"] == 1 or cannot_repeat:
                 raise
         # Out here, the error no longer holds the tensors of the pass that failed
-        job.cells_at_once = math.ceil(job.cells_at_once / 2)
-        print(f"  out of memory: goes on with {job.cells_at_once} cells at once")
+        settings["cells_at_once"] = math.ceil(settings["cells_at_once"] / 2)
+        print(f"  out of memory: goes on with {settings['cells_at_once']} cells at once")
         net.zero_grad()
         torch.cuda.empty_cache()
 
@@ -571,8 +572,8 @@ def add_parts(net, state, job, batch):
 
 def parts_of(batch, job):
     """The cells of a batch (see read_batch), as slices that fit into the memory with their gradients."""
-    starts = range(0, len(batch.flags), job.cells_at_once)
-    return [slice(start, start + job.cells_at_once) for start in starts]
+    n = job.settings["cells_at_once"]
+    return [slice(start, start + n) for start in range(0, len(batch.flags), n)]
 
 
 @torch.no_grad()
@@ -580,7 +581,8 @@ def validate(net, job):
     """Mean squared error over the validation cells; the same genes after every epoch, so that epochs
     compare."""
     net.eval()
-    settings, rng = job.settings, random_stream("validation", job.seed)
+    settings = job.settings
+    rng = random_stream("validation", settings["seed"])
     steps = batches(job.data, job.val_cells, settings["batch_size"], settings["genes_per_batch"], rng)
     squared, n = torch.zeros((), device=job.machine.device), 0
     for batch in read_ahead(steps, job):
@@ -707,7 +709,7 @@ def train_run(run, config, plan, data, args, machine):
 
     if machine.rank == 0:
         shared.write_text(folder / "config.json", json.dumps(config | {"finished": False}, indent=1))
-    state = train(folder, net, data, config, config["seed"], machine)
+    state = train(folder, net, data, config, machine)
     best = best_of(state.log)
     print(f"  best epoch {best['epoch']}, validation MSE {best['val_mse']:.5f}")
     if machine.rank == 0:
@@ -791,14 +793,14 @@ def find_runs(root, dataset, wanted=None):
 # ------------------------------------------------------------------------------------------------------------
 
 def parse_arguments():
-    parser = shared.common_options(argparse.ArgumentParser(description=__doc__))
+    parser = group = shared.common_options(argparse.ArgumentParser(description=__doc__))
 
     def add(name, **options):
         key = name.strip("-").replace("-", "_")
         if key in DEFAULTS["from scratch"]:
             values = [f"{kind} {of_kind[key]}" for kind, of_kind in DEFAULTS.items() if key in of_kind]
             options["help"] += f" (default: {', '.join(values)})"
-        parser.add_argument(name, **options)
+        group.add_argument(name, **options)
 
     add("--variant", nargs="+", metavar="NAME",
         help=f"NAME or NAME,align=WAY (default: {' '.join(VARIANTS)}; demo: also {DEMO_VARIANTS[-1]})")
@@ -809,6 +811,10 @@ def parse_arguments():
         help="which vectors, where a source has several (default: the only ones, else published)")
     add("--mode", choices=("concat", "avg"),
         help="how texts were embedded, where a source has both (default: the only ones, else concat)")
+    add("--compile", action="store_true", help="compile the model: minutes at first, for long runs on a GPU")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+
+    group = parser.add_argument_group("training")
     add("--epochs", type=shared.positive, metavar="N", help="at most")
     add("--batch-size", type=shared.positive, metavar="N", help="cells a batch")
     add("--cells-at-once", type=shared.positive, metavar="N",
@@ -818,13 +824,15 @@ def parse_arguments():
     add("--genes-per-batch", type=shared.positive, metavar="N", help="genes drawn for a batch")
     add("--targets-in-batch", action="store_true",
         help="the genes drawn for a batch contain its cells' targets (in the paper they need not)")
-    add("--align", choices=ALIGN, default="layernorm", metavar="WAY",
-        help=f"{', '.join(ALIGN)} (default: layernorm)")
-    add("--residual", action=argparse.BooleanOptionalAction,
-        help="the model predicts the change from the input expression")
     add("--dropout", type=fraction, metavar="X", help="share of values set to zero")
     add("--attention-dropout", type=fraction, metavar="X",
         help="of attention probabilities (default: as --dropout; 0 on a CPU, whose fast attention has none)")
+
+    group = parser.add_argument_group("model")
+    add("--align", choices=ALIGN, default="layernorm", metavar="WAY",
+        help=f"how language joins scGPT: {', '.join(ALIGN)} (default: layernorm)")
+    add("--residual", action=argparse.BooleanOptionalAction,
+        help="the model predicts the change from the input expression")
     add("--pretrained", type=Path, metavar="DIR",
         help="folder with scGPT's best_model.pt, args.json, vocab.json (default: data/human/scgpt/, fetched)")
     add("--no-pretrained", action="store_true", help="start from random weights, with these sizes:")
@@ -832,8 +840,6 @@ def parse_arguments():
     add("--n-layers", type=shared.positive, metavar="N", help="layers of the transformer")
     add("--n-heads", type=shared.positive, metavar="N", help="attention heads of a layer")
     add("--d-hid", type=shared.positive, metavar="N", help="width inside the feed-forward blocks")
-    add("--compile", action="store_true", help="compile the model: minutes at first, for long runs on a GPU")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args()
     check_arguments(args)
     return args

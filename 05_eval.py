@@ -1665,7 +1665,7 @@ def draw_towards(path, answers, data, args):
         axes.barh(names, likeness, color=shared.COLORS[0])
         axes.invert_yaxis()
         axes.set_title(model_name, fontsize="small")
-    axes.set_xlim(left=0)  # below 0 it leads away
+    axes.set_xlim(0, 1)  # below 0 it leads away
     axes.set_xlabel("correlation of predicted with wanted change")
     shared.save_figure(figure, path)
 
@@ -1681,15 +1681,6 @@ def parse_arguments(words=None):
         f"{', '.join(FOR_ANY_TARGET)} (default: all finished runs; --predict without any: all baselines)")
     add("--external", nargs="+", default=[], metavar="NAME=FILE.h5ad", help="predictions of another method: "
         "obs column condition, X predicted expression per cell or per condition")
-    add("--predict", nargs="+", metavar="GENE", help="only predict these perturbations, measured or not: "
-        "GENE, GENE+GENE, a text file with one a line, or all-singles (every gene of the dataset)")
-    add("--controls-from", type=Path, metavar="FILE.h5ad",
-        help="--predict in these cells, unperturbed ones, instead of the screen's control cells")
-    add("--towards", metavar="CONDITION|FILE.h5ad", help="rank the perturbations of --predict (default: "
-        "all-singles) by how near they lead to the cells of a condition or of a file")
-    prepare.expression_options(parser)
-    add("--skip-unknown", action="store_true", help="leave out what --predict does not know")
-    add("--name", default="last", help="folder of what --predict finds (default: last)")
     add("--cells", action="store_true", help="also write every predicted cell (they have to fit into memory)")
     add("--controls", type=shared.positive, metavar="N", help="control cells a condition (default: as many "
         f"as it has cells; --predict: {N_FIGURE_CONTROLS})")
@@ -1697,6 +1688,16 @@ def parse_arguments(words=None):
     add("--batch-size", type=shared.positive, metavar="N",
         help="cells at a time (default: what suits the device)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add = parser.add_argument_group("questions, in place of the evaluation").add_argument
+    add("--predict", nargs="+", metavar="GENE", help="what do these perturbations do, measured or not: "
+        "GENE, GENE+GENE, a text file with one a line, or all-singles (every gene of the dataset)")
+    add("--towards", metavar="CONDITION|FILE.h5ad", help="rank the perturbations of --predict (default: "
+        "all-singles) by how near they lead to the cells of a condition or of a file")
+    add("--controls-from", type=Path, metavar="FILE.h5ad",
+        help="predict in these cells, unperturbed ones, instead of the screen's control cells")
+    add("--skip-unknown", action="store_true", help="leave out what --predict does not know")
+    add("--name", default="last", help="folder of the answers (default: last)")
+    prepare.expression_options(parser.add_argument_group("how to read files of cells"))
     args = parser.parse_args(None if words is None else list(map(str, words)))
     if args.towards and not args.predict:
         args.predict = ["all-singles"]

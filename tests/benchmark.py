@@ -288,13 +288,13 @@ def stage_training(device, cells, genes, layers, n_cells, n_genes, n_values, cel
     machine = stage.set_up_machine(SimpleNamespace(device=device, batch_size=cells))
     settings = stage.DEFAULTS["pretrained"] | {
         "batch_size": cells, "genes_per_batch": genes, "attention_dropout": 0.0 if device == "cpu" else 0.2,
-        "targets_in_batch": False, "align": "layernorm", "cells_at_once": cells_at_once}
+        "targets_in_batch": False, "align": "layernorm", "cells_at_once": cells_at_once, "seed": 0}
     net = our_network(layers, attention_dropout=settings["attention_dropout"])
     settings["cells_at_once"] = stage.cells_at_once(net, genes, settings, machine)
     if is_compiled:
         net.compile()
     net.to(machine.device).train()
-    job = stage.make_job(norman_data(n_cells, n_genes, n_values), settings, 0, machine)
+    job = stage.make_job(norman_data(n_cells, n_genes, n_values), settings, machine)
     return stage, net, job, stage.new_state(net, settings, machine)
 
 
@@ -320,7 +320,8 @@ def stage_step(n_warm_up, n_steps, **sizes):
     seconds = [fastest(step)]
     while len(seconds) < n_steps and sum(seconds) < 20:
         seconds.append(fastest(step))
-    return {"seconds": min(seconds), "cells_at_once": job.cells_at_once, "gpu": gpu_memory(sizes["device"])}
+    return {"seconds": min(seconds), "cells_at_once": job.settings["cells_at_once"],
+            "gpu": gpu_memory(sizes["device"])}
 
 
 def stage_epoch(n_steps, **sizes):
@@ -334,7 +335,8 @@ def stage_epoch(n_steps, **sizes):
     def make_batches():
         rng = stage.random_stream("batches", 0, 3)
         cells = rng.permutation(job.train_cells)[:n_steps * sizes["cells"]]
-        for batch in stage.read_ahead(stage.batches(job.data, cells, sizes["cells"], sizes["genes"], rng), job):
+        steps = stage.batches(job.data, cells, sizes["cells"], sizes["genes"], rng)
+        for batch in stage.read_ahead(steps, job):
             pass
         batch.input.sum().item()
 
@@ -412,8 +414,8 @@ def batches(folder, dataset, share=1):
     data = stage.prepare.load_dataset(path, "03_prepare_data.py")
     n_cells = int(len(data.cell_condition) * share)
     machine = stage.set_up_machine(SimpleNamespace(device="cpu", batch_size=64))
-    settings = {"batch_size": 64, "genes_per_batch": 1536, "cells_at_once": 1}
-    job, seconds = stage.make_job(data, settings, 0, machine), []
+    settings = {"batch_size": 64, "genes_per_batch": 1536, "cells_at_once": 1, "seed": 0}
+    job, seconds = stage.make_job(data, settings, machine), []
     if hasattr(os, "posix_fadvise"):  # lets the system forget the file
         with open(path, "rb") as file:
             os.fsync(file.fileno())
