@@ -20,6 +20,8 @@ from scipy import sparse, stats
 import model
 from conftest import KIT, error_of, run_script
 
+LAST = "results/demo/predicted/last"
+QUICKLY = ("--run", "scgpt", "--controls", 1)
 BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive", "ridge_go_c",
              "data-ceiling")
 
@@ -27,12 +29,6 @@ BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive"
 def evaluate(root, *options):
     """Run stage 05 with these options, to success."""
     return run_script("05_eval.py", *options, root=root)
-
-
-def evaluate_on_80_columns(root, *options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "80")
-        return evaluate(root, *options)
 
 
 def refusal(root, *options):
@@ -64,6 +60,14 @@ def linked(folder, demo):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def terminal():
+    """A terminal of 80 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        yield
+
+
 @pytest.fixture(scope="module")
 def evaluation(stage):
     return stage("05_eval")
@@ -82,8 +86,8 @@ def ctrl(data):
 
 @pytest.fixture(scope="module")
 def results(demo):
-    """What stage 05 made of the demo's four short runs, on a terminal of 80 columns."""
-    done = evaluate_on_80_columns(demo)
+    """What stage 05 made of the demo's four short runs."""
+    done = evaluate(demo)
     return SimpleNamespace(folder=demo / "results/demo", output=done.stdout,
                            metrics=rows_of(demo, "metrics.csv"), summary=rows_of(demo, "summary.csv"))
 
@@ -98,13 +102,6 @@ def own_runs(root, demo):
     """A root with a copy of the runs, to be changed."""
     (root / "runs").unlink()
     shutil.copytree(demo / "runs", root / "runs")
-    return root
-
-
-@pytest.fixture
-def own_results(root, results):
-    """A root with a copy of the results."""
-    shutil.copytree(results.folder, root / "results/demo")
     return root
 
 
@@ -184,10 +181,11 @@ def test_the_summary_is_mean_and_students_interval_over_the_seeds_means(results)
             assert row["interval"] == approx(half_width, rel=1e-4)
 
 
-def test_predictions_are_used_again(own_results):
-    path = own_results / "results/demo/predictions/scgpt.seed42.h5ad"
+def test_predictions_are_used_again(root, results):
+    shutil.copytree(results.folder, root / "results/demo")
+    path = root / "results/demo/predictions/scgpt.seed42.h5ad"
     before = path.stat().st_mtime_ns
-    assert "there already" in evaluate(own_results, "--run", "scgpt").stdout
+    assert "there already" in evaluate(root, "--run", "scgpt").stdout
     assert path.stat().st_mtime_ns == before
 
 
@@ -283,15 +281,12 @@ def test_ridge_is_the_closed_form_with_the_penalty_that_validation_chooses(
     assert_allclose(means, best, rtol=1e-6, atol=1e-8)
 
 
-def test_the_halves_of_the_ceiling_are_all_cells_of_a_condition_once(evaluation):
+def test_the_halves_of_the_ceiling_are_all_cells_of_a_condition_once_and_a_single_cell_has_none(evaluation):
     data = small_screen()
-    one, other = evaluation.halves(data, [5, 1], draw=3)  # 3 and 2 cells
+    one, other = evaluation.halves(data, [5, 1, 7], draw=3)  # 3 cells, 2 cells and 1 cell
     assert_allclose((2 * one[0] + other[0]) / 3, data.mean[5])
     assert_allclose((one[1] + other[1]) / 2, data.mean[1])
-
-
-def test_a_single_cell_has_no_ceiling(evaluation):
-    assert np.isnan(evaluation.halves(small_screen(), [7], draw=1)).all()
+    assert np.isnan([one[2], other[2]]).all()
 
 
 def test_without_trained_runs_the_baselines_are_compared_and_training_comes_next(root):
@@ -339,11 +334,6 @@ def test_runs_that_cannot_be_used_are_left_out_with_a_line_and_the_others_are_ev
     assert unfinished.endswith("; go on: python 04_train.py --epochs 9")
     evaluated = (own_runs / "results/demo/predictions").iterdir()
     assert [path.name for path in evaluated] == ["scgenept_go_c.seed23.h5ad"]
-
-
-def test_an_unfinished_run_asked_for_by_name_is_not_found(own_runs):
-    for seed in ("seed23", "seed42"):
-        change_config(own_runs / "runs/demo/scgpt" / seed, finished=False)
     error = refusal(own_runs, "--run", "scgpt")
     assert "--run scgpt: not found" in error
     assert "left out above" in error
@@ -438,8 +428,8 @@ LONG_NAME = "scgenept_ncbi+uniprot+go_all-shuffled"
 
 @pytest.fixture(scope="module")
 def mixed(demo, data, ctrl, truth, tmp_path_factory):
-    """An evaluation, on a terminal of 80 columns, of runs, of a model file and of methods that lack
-    conditions, predict too much and predict on another scale."""
+    """An evaluation of runs, of a model file, and of methods that lack conditions, predict too much and
+    predict on another scale."""
     root = linked(tmp_path_factory.mktemp("mixed"), demo)
     too_large = np.maximum(ctrl + 3 * (truth.means - ctrl), 0)  # the right direction, three times too far
     ten_times = np.log1p(np.expm1(truth.means) * 10)
@@ -448,8 +438,7 @@ def mixed(demo, data, ctrl, truth, tmp_path_factory):
     write_cells(root / "scaled.h5ad", truth.labels, data.genes, ten_times)
     shutil.copy(demo / "runs/demo/scgpt/seed42/model.pt", root / "mine.pt")
     options = ["--run", "scgpt", f"{LONG_NAME}={root / 'mine.pt'}", "--controls", 2, "--external"]
-    done = evaluate_on_80_columns(root, *options, *(f"{name}={root / name}.h5ad"
-                                                    for name in ("part", "loud", "scaled")))
+    done = evaluate(root, *options, *(f"{name}={root / name}.h5ad" for name in ("part", "loud", "scaled")))
     return SimpleNamespace(root=root, output=done.stdout, warnings=done.stderr,
                            report=(root / "results/demo/report.md").read_text(encoding="utf-8"))
 
@@ -463,7 +452,7 @@ def test_a_copied_model_file_evaluates_like_the_run(mixed):
 
 
 @pytest.mark.parametrize("evaluated, name", [("results", "scgpt"), ("mixed", LONG_NAME)])
-def test_the_table_and_the_words_below_it_fit_80_columns(request, evaluated, name):
+def test_the_table_and_the_words_below_it_fit_the_terminal(request, evaluated, name):
     output = request.getfixturevalue(evaluated).output
     start = output.index("Pearson Δ top 20: correlation")
     lines = output[start:output.index("report with all")].splitlines()
@@ -524,7 +513,7 @@ def predicted(demo, tmp_path_factory):
     root = linked(tmp_path_factory.mktemp("predict"), demo)
     (root / "list.txt").write_text("DEMO010\n\nDEMO004+DEMO005\nDEMO003+DEMO002\n")
     evaluate(root, "--predict", "DEMO001", "DEMO002+DEMO003", root / "list.txt", "--controls", 7)
-    return SimpleNamespace(folder=root / "results/demo/predicted/last",
+    return SimpleNamespace(folder=root / LAST,
                            ranked=rows_of(root, "predicted/last/predicted.csv"),
                            genes=rows_of(root, "predicted/last/predicted_genes.csv"))
 
@@ -623,30 +612,31 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_predict_writes_to_the_folder_of_its_name_and_touches_nothing_else(own_results):
-    last, first = (own_results / "results/demo/predicted" / name for name in ("last", "first"))
+def test_predict_writes_to_the_folder_of_its_name_and_touches_nothing_else(root):
+    results, last, first = (root / "results/demo" / name for name in (".", "predicted/last", "predicted/first"))
     last.mkdir(parents=True)
-    (last / "predicted.csv").write_text("of an earlier call")
-    before = contents(own_results / "results")
-    evaluate(own_results, "--predict", "DEMO001", "--run", "scgpt", "--controls", 1, "--name", "first")
-    after = contents(own_results / "results")
+    for path in (results / "report.md", results / "summary.csv", last / "DEMO001.png"):
+        path.touch()
+    before = contents(results)
+    evaluate(root, "--predict", "DEMO001", *QUICKLY, "--name", "first")
+    after = contents(results)
     assert after.items() >= before.items()
     assert after.keys() - before.keys() == {
         first / name for name in ("predicted.csv", "predicted_genes.csv", "predicted.h5ad", "DEMO001.png")}
 
 
 def test_predict_leaves_nothing_of_another_kind_from_the_call_before(root):
-    folder = root / "results/demo/predicted/last"
+    folder = root / LAST
     folder.mkdir(parents=True)
     for name in ("DEMO002.png", "heatmap.png", "predicted.cells.h5ad", "towards.csv"):
         (folder / name).touch()
-    evaluate(root, "--predict", "DEMO001", "--run", "scgpt", "--controls", 1)
+    evaluate(root, "--predict", "DEMO001", *QUICKLY)
     assert {path.name for path in folder.iterdir()} == {
         "predicted.csv", "predicted_genes.csv", "predicted.h5ad", "DEMO001.png"}
 
 
 def test_all_singles_are_all_genes_without_a_figure_each_or_cells(data, root):
-    done = evaluate(root, "--predict", "all-singles", "--run", "scgpt", "--controls", 1)
+    done = evaluate(root, "--predict", "all-singles", *QUICKLY)
     rows = rows_of(root, "predicted/last/predicted.csv")
     assert {row["condition"] for row in rows} == set(data.genes)
     part_of = dict(zip(data.conditions, data.split))
@@ -656,14 +646,14 @@ def test_all_singles_are_all_genes_without_a_figure_each_or_cells(data, root):
     printed = [line.split(":")[0].strip() for line in done.stdout.splitlines() if ": effect " in line]
     assert printed == new[:10]
     assert "not measured yet, by the size of the effect:" in done.stdout
-    assert {path.name for path in (root / "results/demo/predicted/last").iterdir()} == {
+    assert {path.name for path in (root / LAST).iterdir()} == {
         "predicted.csv", "predicted_genes.csv", "predicted.h5ad", "heatmap.png"}
 
 
 @pytest.mark.parametrize("words, keeps", [(["DEMO001"], True), (["all-singles"], False),
                                           (["all-singles", "--cells"], True)])
 def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(demo, evaluation, words, keeps):
-    options = ("--root", demo, "--run", "scgpt", "--controls", 1, "--predict", *words)
+    options = ("--root", demo, *QUICKLY, "--predict", *words)
     args, data, runs, ridge_files = evaluation.set_up(evaluation.parse_arguments(options))
     wanted = evaluation.read_perturbations(args, data)
     cells = evaluation.choose_cells(data, wanted, args)
@@ -678,7 +668,7 @@ def test_predicted_cells_are_kept_only_where_they_are_drawn_or_asked_for(demo, e
 def test_an_interrupted_list_goes_on_where_it_was(data, evaluation, root):
     genes = data.genes[:40].tolist()
     options = ("--run", "scgpt", "--controls", 15, "--batch-size", 1, "--root", root)
-    folder = root / "results/demo/predicted/last"
+    folder = root / LAST
     command = [sys.executable, KIT / "05_eval.py", "--predict", *genes, *options]
     process = subprocess.Popen(list(map(str, command)))
 
@@ -695,7 +685,7 @@ def test_an_interrupted_list_goes_on_where_it_was(data, evaluation, root):
     changes[4] = 7  # whatever stands there is taken over
     changes[5, 64:] = 0  # but for a row of which a part never reached the disk
 
-    evaluate(root, "--predict", "DEMO001", "--run", "scgpt", "--controls", 1)  # another call in between
+    evaluate(root, "--predict", "DEMO001", *QUICKLY)  # another call in between
     run_script("05_eval.py", "--predict", *genes, *options)
     assert not list(folder.glob(".*.npy"))
     rows = rows_of(root, "predicted/last/predicted.csv")
@@ -718,8 +708,7 @@ def test_all_unknown_genes_are_named_in_one_message(root):
 
 
 def test_skip_unknown_goes_on_without_them(demo, evaluation, capsys):
-    found = evaluation.predict("--root", demo, "--predict", "DEMO001", "XYZ", "--skip-unknown",
-                               "--run", "scgpt", "--controls", 1)
+    found = evaluation.predict("--root", demo, "--predict", "DEMO001", "XYZ", "--skip-unknown", *QUICKLY)
     assert "left out: 1 of 2" in capsys.readouterr().out
     assert found["condition"].tolist() == ["DEMO001", "DEMO001"]
 
@@ -810,20 +799,14 @@ def test_own_cells_on_another_scale_are_brought_to_the_datasets(data, log, evalu
     assert_allclose(own, log, atol=1e-4)
 
 
-def few_genes_soar(counts):
-    counts[:, :2] *= 200
-
-
-def many_genes_rise_at_the_same_total(counts):
-    total = counts.sum()
-    counts[:, :60] *= 1.5
-    counts *= total / counts.sum()
-
-
-@pytest.mark.parametrize("perturb", [few_genes_soar, many_genes_rise_at_the_same_total])
-def test_what_a_perturbation_does_to_genes_is_no_change_of_scale(data, log, evaluation, root, perturb):
+@pytest.mark.parametrize("n_genes, factor, is_total_kept", [(2, 200, False), (60, 1.5, True)])
+def test_what_a_perturbation_does_to_genes_is_no_change_of_scale(
+        data, log, evaluation, root, n_genes, factor, is_total_kept):
     counts = np.expm1(log)
-    perturb(counts)
+    total = counts.sum()
+    counts[:, :n_genes] *= factor
+    if is_total_kept:
+        counts *= total / counts.sum()
     own, _ = own_cells_of(evaluation, root, data, np.log1p(counts), data.genes)
     assert_allclose(own, np.log1p(counts), atol=1e-4)
 
@@ -914,7 +897,7 @@ def test_the_best_model_of_the_report_comes_first(evaluation, tmp_path):
 def test_a_wrong_goal_is_one_line_before_anything_is_predicted(root, monkeypatch, goal, message):
     monkeypatch.chdir(root)
     (root / "empty.h5ad").touch()
-    folder = root / "results/demo/predicted/last"
+    folder = root / LAST
     folder.mkdir(parents=True)
     (folder / "towards.csv").write_text("of an earlier call")
     error = refusal(root, "--towards", goal, "--run", "scgpt")
@@ -1087,7 +1070,7 @@ def test_the_demo_ends_with_commands_for_predict_and_for_own_cells(demo, results
     assert own.startswith("next")
     assert "python 03_prepare_data.py --dataset mine --h5ad FILE.h5ad" in own
     words = predict.removeprefix("next: python 05_eval.py ").split()
-    done = run_script("05_eval.py", *words, "--run", "scgpt", "--controls", 1)
+    done = run_script("05_eval.py", *words, *QUICKLY)
     assert "values and figures: " in done.stdout
 
 
@@ -1098,15 +1081,15 @@ def test_the_report_is_labelled_synthetic_and_marks_the_best(results):
     del mse["data-ceiling"]
     best = min(mse, key=mse.get)
     assert any(line.startswith(f"| {best} ") and "**0.0" in line for line in report.splitlines())
+
+
+def test_every_figure_and_baseline_and_the_ceiling_stand_in_the_report(results):
+    report = (results.folder / "report.md").read_text(encoding="utf-8")
+    for name in BASELINES:
+        assert report.count(f"\n| {name} ") >= 3, name
     for name in ("split.png", "subgroups.png", "scatter.png", "training.png"):
         assert f"({name})" in report
         assert (results.folder / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_every_baseline_and_the_ceiling_stand_in_the_report(results):
-    lines = (results.folder / "report.md").read_text(encoding="utf-8").splitlines()
-    for name in BASELINES:
-        assert sum(line.startswith(f"| {name} ") for line in lines) >= 3, name
 
 
 def outcome(**models):
