@@ -1,5 +1,6 @@
 """05_eval.py: predictions, baselines, tables, figures and files, against plain loops and other readers."""
 import csv
+import functools
 import gzip
 import io
 import json
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import h5py
@@ -71,6 +73,12 @@ def terminal():
 @pytest.fixture(scope="module")
 def evaluation(stage):
     return stage("05_eval")
+
+
+@pytest.fixture(scope="module")
+def predict(demo, evaluation):
+    """A function: what stage 05 predicts from Python in the demo's root."""
+    return functools.partial(evaluation.predict, "--root", demo)
 
 
 @pytest.fixture(scope="module")
@@ -478,6 +486,11 @@ def test_another_method_on_another_scale_is_warned_of(mixed):
     assert "times what the dataset's do" in warning
 
 
+def refusal_of_method(root, labels, genes, X):
+    path = write_cells(root / "x.h5ad", labels, genes, X)
+    return refusal(root, "--external", f"other={path}")
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda means, ctrl: (means - ctrl) / 100, "values around 0, as changes and z-scores have"),
     (lambda means, ctrl: stats.zscore(means), "values around 0, as changes and z-scores have"),
@@ -485,23 +498,22 @@ def test_another_method_on_another_scale_is_warned_of(mixed):
     (lambda means, ctrl: means * np.nan, "NaN in all of them")])
 def test_values_that_are_no_log_normalized_expression_are_refused_with_what_they_look_like(
         data, ctrl, truth, root, change, words):
-    path = write_cells(root / "x.h5ad", truth.labels, data.genes, change(truth.means, ctrl))
-    assert words in refusal(root, "--external", f"other={path}")
+    changed = change(truth.means, ctrl)
+    assert words in refusal_of_method(root, truth.labels, data.genes, changed)
 
 
 def test_counts_of_cells_are_refused_though_their_means_are_small_and_no_whole_numbers(data, truth, root):
-    counts = np.random.default_rng(0).poisson(np.repeat(truth.means, 7, axis=0)).astype(np.float32)
-    path = write_cells(root / "x.h5ad", np.repeat(truth.labels, 7), data.genes, counts)
-    error = refusal(root, "--external", f"other={path}")
+    of_cells = np.repeat(truth.means, 7, axis=0)
+    counts = np.random.default_rng(0).poisson(of_cells).astype(np.float32)
+    error = refusal_of_method(root, np.repeat(truth.labels, 7), data.genes, counts)
     assert "whole values up to" in error
     assert "as counts have" in error
 
 
 def test_another_method_without_a_test_condition_or_with_too_few_genes_is_refused(data, truth, root):
-    path = write_cells(root / "a.h5ad", ["X+ctrl"] * 46, data.genes, truth.means)
-    assert "has none of the 46 test conditions" in refusal(root, "--external", f"a={path}")
-    path = write_cells(root / "b.h5ad", truth.labels, data.genes[3:], truth.means[:, 3:])
-    error = refusal(root, "--external", f"b={path}")
+    error = refusal_of_method(root, ["X+ctrl"] * 46, data.genes, truth.means)
+    assert "has none of the 46 test conditions" in error
+    error = refusal_of_method(root, truth.labels, data.genes[3:], truth.means[:, 3:])
     assert "lacks 3 of 128 genes: DEMO001, DEMO002, DEMO003" in error
 
 
@@ -524,11 +536,11 @@ def change(demo, data):
     drawn = np.random.default_rng([42, 7]).choice(data.ctrl_cells, 7)
     control = data.X[drawn].toarray()
 
-    def predict(name, seed, genes):
+    def mean_change(name, seed, genes):
         net = model.load(demo / f"runs/demo/{name}/seed{seed}/model.pt")
         targets = [data.genes.tolist().index(gene) for gene in genes]
         return (model.predict(net, data.token_ids, control, targets) - control).mean(0)
-    return predict
+    return mean_change
 
 
 def rms(change):
@@ -613,16 +625,17 @@ def contents(folder):
 
 
 def test_predict_writes_to_the_folder_of_its_name_and_touches_nothing_else(root):
-    results, last, first = (root / "results/demo" / name for name in (".", "predicted/last", "predicted/first"))
-    last.mkdir(parents=True)
-    for path in (results / "report.md", results / "summary.csv", last / "DEMO001.png"):
-        path.touch()
+    results = root / "results/demo"
+    (root / LAST).mkdir(parents=True)
+    for name in ("report.md", "summary.csv", "predicted/last/DEMO001.png"):
+        (results / name).touch()
     before = contents(results)
     evaluate(root, "--predict", "DEMO001", *QUICKLY, "--name", "first")
     after = contents(results)
     assert after.items() >= before.items()
     assert after.keys() - before.keys() == {
-        first / name for name in ("predicted.csv", "predicted_genes.csv", "predicted.h5ad", "DEMO001.png")}
+        results / "predicted/first" / name
+        for name in ("predicted.csv", "predicted_genes.csv", "predicted.h5ad", "DEMO001.png")}
 
 
 def test_predict_leaves_nothing_of_another_kind_from_the_call_before(root):
@@ -707,8 +720,8 @@ def test_all_unknown_genes_are_named_in_one_message(root):
     assert error.endswith("--skip-unknown goes on without them")
 
 
-def test_skip_unknown_goes_on_without_them(demo, evaluation, capsys):
-    found = evaluation.predict("--root", demo, "--predict", "DEMO001", "XYZ", "--skip-unknown", *QUICKLY)
+def test_skip_unknown_goes_on_without_them(predict, capsys):
+    found = predict("--predict", "DEMO001", "XYZ", "--skip-unknown", *QUICKLY)
     assert "left out: 1 of 2" in capsys.readouterr().out
     assert found["condition"].tolist() == ["DEMO001", "DEMO001"]
 
@@ -721,9 +734,9 @@ def test_without_a_run_the_baselines_predict(evaluation, root):
     assert "scgpt" not in models
 
 
-def test_baselines_by_name_predict_their_change_from_the_control_mean(demo, data, ctrl, evaluation):
+def test_baselines_by_name_predict_their_change_from_the_control_mean(data, ctrl, predict):
     conditions, genes = singles(data, "train")
-    found = evaluation.predict("--root", demo, "--predict", genes[0], "--controls", 4,
+    found = predict("--predict", genes[0], "--controls", 4,
                                "--run", "additive", "non-ctrl-mean")
     assert found["model"].tolist() == ["additive", "non-ctrl-mean"]
     additive, non_ctrl_mean = found["delta"]
@@ -731,15 +744,15 @@ def test_baselines_by_name_predict_their_change_from_the_control_mean(demo, data
     assert_allclose(non_ctrl_mean, data.mean[data.split == "train"].mean(0) - ctrl, atol=1e-5)
 
 
-def test_the_additive_baseline_says_that_it_does_not_know_a_target(demo, data, evaluation, capsys):
+def test_the_additive_baseline_says_that_it_does_not_know_a_target(data, predict, capsys):
     gene = singles(data, "test")[1][0]
-    found = evaluation.predict("--root", demo, "--predict", gene, "--run", "additive", "non-ctrl-mean")
+    found = predict("--predict", gene, "--run", "additive", "non-ctrl-mean")
     assert f"additive says nothing of {gene}" in capsys.readouterr().out
     assert found["model"].tolist() == ["non-ctrl-mean"]
 
 
-def test_predictions_from_python_are_those_of_the_command(demo, evaluation, predicted):
-    found = evaluation.predict("--root", demo, "--predict", "DEMO001", "--controls", 7, "--run", "scgpt")
+def test_predictions_from_python_are_those_of_the_command(predict, predicted):
+    found = predict("--predict", "DEMO001", "--controls", 7, "--run", "scgpt")
     delta_of = dict(zip(found["genes"], found["delta"].mean(0)))
     for row in genes_changed(predicted, "DEMO001", "scgpt"):
         assert row["delta"] == approx(delta_of[row["gene"]], abs=1e-6)
@@ -760,13 +773,17 @@ def test_a_model_that_predicts_the_same_for_all_is_warned_of(demo, root):
 
 # --- --controls-from: cells of another lab
 
-def own_cells_of(evaluation, root, data, X, genes):
-    """What `read_own_cells` makes of cells, none of them perturbed: expression and which genes are there."""
-    path = write_cells(root / "own.h5ad", ["a"] * len(X), genes, X)
+@pytest.fixture
+def read_own(data, evaluation, root):
+    """A function: expression and genes in common that stage 05 reads from cells, none of them perturbed."""
     args = SimpleNamespace(root=root, dataset="demo", layer=None, gene_key=None, upper_case=False,
                            normalize=False)
-    X, in_common = evaluation.read_own_cells(path, args, data)
-    return X.toarray(), in_common
+
+    def read(X, genes=data.genes, screen=data):
+        path = write_cells(root / "own.h5ad", ["a"] * len(X), genes, X)
+        X, in_common = evaluation.read_own_cells(path, args, screen)
+        return X.toarray(), in_common
+    return read
 
 
 @pytest.fixture
@@ -775,11 +792,11 @@ def log(data):
     return data.X[data.ctrl_cells].toarray()
 
 
-def test_own_cells_are_predicted_from_over_the_genes_in_common(demo, data, log, evaluation, tmp_path):
+def test_own_cells_are_predicted_from_over_the_genes_in_common(data, log, predict, tmp_path):
     in_file = [*data.genes[:100][::-1], "OTHER"]
     counts = np.random.default_rng(3).poisson(3.0, (40, 101)).astype(np.float32)
     path = write_cells(tmp_path / "own.h5ad", ["a"] * 40, in_file, counts)
-    found = evaluation.predict("--root", demo, "--controls-from", path, "--normalize",
+    found = predict("--controls-from", path, "--normalize",
                                "--predict", "DEMO001", "DEMO120", "--run", "scgpt", "--controls", 500)
     assert set(found["genes"]) == {*data.genes[:100], "DEMO120"}
 
@@ -794,38 +811,38 @@ def test_own_cells_are_predicted_from_over_the_genes_in_common(demo, data, log, 
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.3, 30])
-def test_own_cells_on_another_scale_are_brought_to_the_datasets(data, log, evaluation, root, factor):
-    own, _ = own_cells_of(evaluation, root, data, np.log1p(np.expm1(log) * factor), data.genes)
+def test_own_cells_on_another_scale_are_brought_to_the_datasets(log, read_own, factor):
+    own, _ = read_own(np.log1p(np.expm1(log) * factor))
     assert_allclose(own, log, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_genes, factor, is_total_kept", [(2, 200, False), (60, 1.5, True)])
 def test_what_a_perturbation_does_to_genes_is_no_change_of_scale(
-        data, log, evaluation, root, n_genes, factor, is_total_kept):
+        log, read_own, n_genes, factor, is_total_kept):
     counts = np.expm1(log)
     total = counts.sum()
     counts[:, :n_genes] *= factor
     if is_total_kept:
         counts *= total / counts.sum()
-    own, _ = own_cells_of(evaluation, root, data, np.log1p(counts), data.genes)
+    own, _ = read_own(np.log1p(counts))
     assert_allclose(own, np.log1p(counts), atol=1e-4)
 
 
-def test_genes_that_control_cells_lack_say_nothing_of_the_scale(data, log, evaluation, root):
+def test_genes_that_control_cells_lack_say_nothing_of_the_scale(data, log, read_own):
     screen = SimpleNamespace(**vars(data))
     X = data.X[np.arange(data.X.shape[0])].toarray()
     X[data.ctrl_cells, :80] = 0
     screen.X = sparse.csr_matrix(X)
     counts = np.expm1(log)
     counts[:, 127] *= 200  # changes the total
-    own, _ = own_cells_of(evaluation, root, screen, np.log1p(counts), data.genes)
+    own, _ = read_own(np.log1p(counts), screen=screen)
     assert_allclose(own, np.log1p(counts), atol=1e-4)
 
 
-def test_the_first_of_two_genes_of_one_symbol_is_taken(data, log, evaluation, root):
+def test_the_first_of_two_genes_of_one_symbol_is_taken(data, log, read_own):
     genes = data.genes.copy()
     genes[50] = genes[3]  # a second one
-    own, in_common = own_cells_of(evaluation, root, data, log, genes)
+    own, in_common = read_own(log, genes)
     assert np.flatnonzero(~in_common).tolist() == [50]
     np.testing.assert_array_equal(own[:, 3], log[:, 3])
 
@@ -838,7 +855,7 @@ def test_own_cells_without_a_gene_in_common_are_refused(log, root):
 
 # --- --towards
 
-def test_perturbations_are_ranked_by_how_near_they_lead(demo, data, evaluation, root):
+def test_perturbations_are_ranked_by_how_near_they_lead(data, predict, root):
     conditions, genes = singles(data, "test")
     options = ("--run", "scgenept_go_c", "--controls", 5)
     words = one_line(evaluate(root, "--towards", genes[0], *options).stdout)
@@ -851,7 +868,7 @@ def test_perturbations_are_ranked_by_how_near_they_lead(demo, data, evaluation, 
     assert f"closest to {genes[0]}: {ranked[0]} ({pearsons[0]:.2f})" in words
     assert f"{genes[0]} itself has rank {ranked.index(genes[0]) + 1} of 128" in words
 
-    found = evaluation.predict("--root", demo, "--predict", *ranked[::40], *options)
+    found = predict("--predict", *ranked[::40], *options)
     goal = data.mean[conditions[0]] - found["control"]
     for row in rows[::40]:
         change = found["delta"][found["condition"] == row["condition"]].mean(0)
@@ -943,19 +960,21 @@ def test_a_gene_that_the_dataset_lacks_joins_with_its_token(evaluation):
 
 
 def test_a_gene_that_the_dataset_lacks_joins_with_its_language_vector(evaluation, tmp_path):
-    vectors = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    of_new, of_others = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
     folder = tmp_path / "data/human/embeddings"
     folder.mkdir(parents=True)
-    write_vectors(folder / "s.lsa.concat.h5", {"NEW": vectors[0], "A": vectors[1]})
+    write_vectors(folder / "s.lsa.concat.h5", {"NEW": of_new, "A": of_others})
     net = language_model(2)
-    net.set_language([0, 1], {"s": np.ones((2, 5), dtype=np.float32)})
-    before = model.predict(net, [0, 1], np.ones((1, 2)), 0)
+    net.set_language([0, 1], {"s": np.stack([of_others, of_others])})
+    cell = np.ones((1, 2))
+    before = model.predict(net, [0, 1], cell, 0)
+
     data = SimpleNamespace(token_ids=np.array([0, 1, 2]), genes=np.array(["A", "B", "NEW"]))
     run = SimpleNamespace(name="scgenept_s", path="model.pt", config={"embeddings": {"s": "s.lsa.concat.h5"}})
     evaluation.add_language(net, run, data, SimpleNamespace(root=tmp_path, dataset="mine"))
-    added = net.language_encoders["s"].embedding.weight[net.language_rows[2]].detach()
-    np.testing.assert_array_equal(added, vectors[0])
-    np.testing.assert_array_equal(model.predict(net, [0, 1], np.ones((1, 2)), 0), before)
+    added = net.language_encoders["s"].embedding.weight[net.language_rows[2]]
+    assert added.tolist() == of_new.tolist()
+    np.testing.assert_array_equal(model.predict(net, [0, 1], cell, 0), before)
     assert np.isfinite(model.predict(net, [0, 1, 2], np.ones((4, 3)), [0, 2])).all()
 
 
@@ -1023,12 +1042,13 @@ def test_cells_are_the_control_cells_as_measured_and_what_was_predicted_for_each
 
 
 def test_cells_of_chosen_perturbations_stand_below_their_controls_for_every_model(cells):
-    predicted, means = cells("predicted/last/predicted.cells.h5ad"), cells("predicted/last/predicted.h5ad")
-    counts = predicted.obs.groupby(["condition", "seed"], observed=True).size().to_dict()
+    predicted = cells("predicted/last/predicted.cells.h5ad")
+    n_cells = Counter(zip(predicted.obs["condition"], predicted.obs["seed"]))
     conditions = ("ctrl", "DEMO001", "DEMO002+DEMO003")
-    assert counts == {(condition, seed): 3 for condition in conditions for seed in (23, 42)}
+    assert n_cells == {(condition, seed): 3 for condition in conditions for seed in (23, 42)}
     is_ctrl = (predicted.obs["condition"] == "ctrl") & (predicted.obs["seed"] == 42)
-    assert_allclose(predicted[is_ctrl].X.mean(0), means.layers["control"][0], rtol=1e-5)
+    control = cells("predicted/last/predicted.h5ad").layers["control"]
+    assert_allclose(predicted[is_ctrl].X.mean(0), control[0], rtol=1e-5)
 
 
 def test_predictions_open_in_anndata_and_carry_what_they_were_made_from(data, ctrl, cells, tmp_path):
@@ -1123,12 +1143,17 @@ def test_a_model_below_the_mean_does_not_beat_it_and_a_shuffled_control_is_never
     assert "the best model, scgpt (0.500 ± 0.050), does NOT beat the mean" in text
 
 
-def test_the_papers_figures_stand_beside_ours(evaluation):
-    norman, adamson = (evaluation.paper_rows(evaluation.PAPER, part) for part in (slice(0, 4), slice(4, 8)))
-    assert norman["scgenept_go_all"] == ["0.698 ± 0.02", "0.554 ± 0.02", "0.209 ± 0.02", "0.00400 ± 0.00"]
-    assert adamson["scgenept_go_all"] == ["0.787 ± 0.02", "0.605 ± 0.03", "0.127 ± 0.01", "0.00641 ± 0.00"]
+def test_the_papers_figures_are_those_of_its_tables(evaluation):
+    both = evaluation.paper_rows(evaluation.PAPER)
+    assert {len(cells) for cells in both.values()} == {8}
+    assert both["scgenept_go_all"] == [
+        "0.698 ± 0.02", "0.554 ± 0.02", "0.209 ± 0.02", "0.00400 ± 0.00",  # Norman
+        "0.787 ± 0.02", "0.605 ± 0.03", "0.127 ± 0.01", "0.00641 ± 0.00"]  # Adamson
     assert evaluation.paper_rows(evaluation.PAPER_BY_SUBGROUP)["GEARS"][0] == "0.448 ± 0.01"
-    assert {len(cells) for cells in evaluation.paper_rows(evaluation.PAPER).values()} == {8}
+
+
+def test_the_papers_figures_stand_beside_ours(evaluation):
+    adamson = evaluation.paper_rows(evaluation.PAPER, evaluation.PAPER_COLUMNS["adamson"])
     ours = {"ours": ["1", "2"]}
     table = evaluation.table_with_paper(["scgpt", "mine"], ours, adamson, ["a", "b", "c", "d"])
     of_scgpt, of_mine = table_cells(table.splitlines()[2:])
