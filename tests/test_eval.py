@@ -23,6 +23,7 @@ import model
 from conftest import KIT, error_of, run_script
 
 LAST = "results/demo/predicted/last"
+TABLES = {"predicted.csv", "predicted_genes.csv", "predicted.h5ad"}  # what --predict always writes
 QUICKLY = ("--run", "scgpt", "--controls", 1)
 BASELINES = ("non-ctrl-mean", "random", "no-change", "matching-mean", "additive", "ridge_go_c",
              "data-ceiling")
@@ -53,6 +54,10 @@ def rows_of(root, name):
 
 def one_line(text):
     return " ".join(text.split())
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 def linked(folder, demo):
@@ -340,8 +345,7 @@ def test_runs_that_cannot_be_used_are_left_out_with_a_line_and_the_others_are_ev
     assert any("scgpt/seed42: the dataset has changed since; train again: python " in line for line in lines)
     unfinished, = (line for line in lines if "scgenept_go_c/seed42 is not finished" in line)
     assert unfinished.endswith("; go on: python 04_train.py --epochs 9")
-    evaluated = (own_runs / "results/demo/predictions").iterdir()
-    assert [path.name for path in evaluated] == ["scgenept_go_c.seed23.h5ad"]
+    assert names_in(own_runs / "results/demo/predictions") == {"scgenept_go_c.seed23.h5ad"}
     error = refusal(own_runs, "--run", "scgpt")
     assert "--run scgpt: not found" in error
     assert "left out above" in error
@@ -349,8 +353,8 @@ def test_runs_that_cannot_be_used_are_left_out_with_a_line_and_the_others_are_ev
 
 def test_a_run_goes_by_the_name_of_its_folder(own_runs, evaluation):
     (own_runs / "runs/demo/scgpt").rename(own_runs / "runs/demo/scgpt_before")
-    found = evaluation.predict("--root", own_runs, "--run", "scgpt_before", "--predict", "DEMO001",
-                               "--controls", 2)
+    options = ("--run", "scgpt_before", "--predict", "DEMO001", "--controls", 2)
+    found = evaluation.predict("--root", own_runs, *options)
     assert found["model"].tolist() == ["scgpt_before", "scgpt_before"]
 
 
@@ -615,27 +619,21 @@ def test_a_pair_and_its_reverse_are_one(predicted):
 
 
 def test_few_perturbations_have_a_figure_each(predicted):
-    labels = ("DEMO001", "DEMO002+DEMO003", "DEMO010", "DEMO004+DEMO005", "heatmap")
-    assert {path.name for path in predicted.folder.glob("*.png")} == {f"{label}.png" for label in labels}
-
-
-def contents(folder):
-    """{path: bytes} of all files in a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    figures = {f"{label}.png" for label in ("DEMO001", "DEMO002+DEMO003", "DEMO010", "DEMO004+DEMO005")}
+    assert names_in(predicted.folder) == TABLES | figures | {"heatmap.png"}
 
 
 def test_predict_writes_to_the_folder_of_its_name_and_touches_nothing_else(root):
     results = root / "results/demo"
     (root / LAST).mkdir(parents=True)
-    for name in ("report.md", "summary.csv", "predicted/last/DEMO001.png"):
-        (results / name).touch()
-    before = contents(results)
+    earlier = [results / name for name in ("report.md", "summary.csv", "predicted/last/DEMO001.png")]
+    for path in earlier:
+        path.write_text("of an earlier call")
     evaluate(root, "--predict", "DEMO001", *QUICKLY, "--name", "first")
-    after = contents(results)
-    assert after.items() >= before.items()
-    assert after.keys() - before.keys() == {
-        results / "predicted/first" / name
-        for name in ("predicted.csv", "predicted_genes.csv", "predicted.h5ad", "DEMO001.png")}
+    assert {path.read_text() for path in earlier} == {"of an earlier call"}
+    assert names_in(results) == {"report.md", "summary.csv", "predicted"}
+    assert names_in(root / LAST) == {"DEMO001.png"}
+    assert names_in(results / "predicted/first") == TABLES | {"DEMO001.png"}
 
 
 def test_predict_leaves_nothing_of_another_kind_from_the_call_before(root):
@@ -644,8 +642,7 @@ def test_predict_leaves_nothing_of_another_kind_from_the_call_before(root):
     for name in ("DEMO002.png", "heatmap.png", "predicted.cells.h5ad", "towards.csv"):
         (folder / name).touch()
     evaluate(root, "--predict", "DEMO001", *QUICKLY)
-    assert {path.name for path in folder.iterdir()} == {
-        "predicted.csv", "predicted_genes.csv", "predicted.h5ad", "DEMO001.png"}
+    assert names_in(folder) == TABLES | {"DEMO001.png"}
 
 
 def test_all_singles_are_all_genes_without_a_figure_each_or_cells(data, root):
@@ -659,8 +656,7 @@ def test_all_singles_are_all_genes_without_a_figure_each_or_cells(data, root):
     printed = [line.split(":")[0].strip() for line in done.stdout.splitlines() if ": effect " in line]
     assert printed == new[:10]
     assert "not measured yet, by the size of the effect:" in done.stdout
-    assert {path.name for path in (root / LAST).iterdir()} == {
-        "predicted.csv", "predicted_genes.csv", "predicted.h5ad", "heatmap.png"}
+    assert names_in(root / LAST) == TABLES | {"heatmap.png"}
 
 
 @pytest.mark.parametrize("words, keeps", [(["DEMO001"], True), (["all-singles"], False),
@@ -736,8 +732,7 @@ def test_without_a_run_the_baselines_predict(evaluation, root):
 
 def test_baselines_by_name_predict_their_change_from_the_control_mean(data, ctrl, predict):
     conditions, genes = singles(data, "train")
-    found = predict("--predict", genes[0], "--controls", 4,
-                               "--run", "additive", "non-ctrl-mean")
+    found = predict("--predict", genes[0], "--run", "additive", "non-ctrl-mean", "--controls", 4)
     assert found["model"].tolist() == ["additive", "non-ctrl-mean"]
     additive, non_ctrl_mean = found["delta"]
     assert_allclose(additive, data.mean[conditions[0]] - ctrl, atol=1e-5)
@@ -766,9 +761,9 @@ def test_a_model_that_predicts_the_same_for_all_is_warned_of(demo, root):
     labels = ("DEMO001", "DEMO002", "DEMO003+DEMO004")
     done = evaluate(root, "--predict", *labels, "--run", root / "blind.pt", "--controls", 4)
     assert "blind, seed 0 predicts nearly the same change for all of these" in done.stderr
-    rows = {row["condition"]: row for row in rows_of(root, "predicted/last/predicted.csv")}
-    assert rows["DEMO003+DEMO004"]["interaction_rms"] < 1e-6
-    assert rows["DEMO003+DEMO004"]["effect_rms"] > 1e-6
+    pair, = (row for row in rows_of(root, "predicted/last/predicted.csv")
+             if row["condition"] == "DEMO003+DEMO004")
+    assert pair["effect_rms"] > 1e-6 > pair["interaction_rms"]
 
 
 # --- --controls-from: cells of another lab
@@ -796,8 +791,8 @@ def test_own_cells_are_predicted_from_over_the_genes_in_common(data, log, predic
     in_file = [*data.genes[:100][::-1], "OTHER"]
     counts = np.random.default_rng(3).poisson(3.0, (40, 101)).astype(np.float32)
     path = write_cells(tmp_path / "own.h5ad", ["a"] * 40, in_file, counts)
-    found = predict("--controls-from", path, "--normalize",
-                               "--predict", "DEMO001", "DEMO120", "--run", "scgpt", "--controls", 500)
+    found = predict("--predict", "DEMO001", "DEMO120", "--run", "scgpt", "--controls", 500,
+                    "--controls-from", path, "--normalize")
     assert set(found["genes"]) == {*data.genes[:100], "DEMO120"}
 
     normalized = counts / counts.sum(1, keepdims=True)
@@ -920,7 +915,7 @@ def test_a_wrong_goal_is_one_line_before_anything_is_predicted(root, monkeypatch
     error = refusal(root, "--towards", goal, "--run", "scgpt")
     assert message in error
     assert goal in error
-    assert [path.name for path in folder.iterdir()] == ["towards.csv"]
+    assert names_in(folder) == {"towards.csv"}
 
 
 def test_a_goal_may_be_written_as_other_conditions_are(data, root):
@@ -1010,8 +1005,16 @@ def test_cells_of_a_model_and_the_measured_ones_are_a_pair_that_cell_eval_accept
         assert table.var_names.tolist() == data.genes.tolist()
         assert set(table.obs["condition"]) == conditions
         assert table.obs_names.is_unique
+        assert table.X.min() >= 0
         assert table.X.max() < 15
-    assert predicted.X.min() == 0
+
+
+def test_predicted_cells_are_cut_at_zero(data, evaluation, tmp_path):
+    X = np.linspace(-1, 1, 128, dtype=np.float32)[None]
+    run = SimpleNamespace(name="m", seed=1)
+    evaluation.write_predicted_cells(tmp_path / "x.h5ad", "{}", data, [(run, "ctrl", X)])
+    with h5py.File(tmp_path / "x.h5ad") as file:
+        np.testing.assert_array_equal(file["X"][:], X.clip(0))
 
 
 @pytest.mark.parametrize("name", ["predictions/scgpt.seed42.cells.h5ad", "predictions/measured.cells.h5ad",
@@ -1084,14 +1087,13 @@ def test_the_table_has_a_row_a_model_and_a_column_a_subgroup(results):
 
 
 def test_the_demo_ends_with_commands_for_predict_and_for_own_cells(demo, results):
-    *_, predict, own = results.output.splitlines()
-    assert predict.startswith("next: python 05_eval.py --predict DEMO")
-    assert predict.endswith(f"--root {demo}")
-    assert own.startswith("next")
-    assert "python 03_prepare_data.py --dataset mine --h5ad FILE.h5ad" in own
-    words = predict.removeprefix("next: python 05_eval.py ").split()
-    done = run_script("05_eval.py", *words, *QUICKLY)
-    assert "values and figures: " in done.stdout
+    *_, for_predict, for_own_cells = results.output.splitlines()
+    assert for_predict.startswith("next: python 05_eval.py --predict DEMO")
+    assert for_predict.endswith(f"--root {demo}")
+    assert for_own_cells.startswith("next")
+    assert "python 03_prepare_data.py --dataset mine --h5ad FILE.h5ad" in for_own_cells
+    words = for_predict.removeprefix("next: python 05_eval.py ").split()
+    assert "values and figures: " in run_script("05_eval.py", *words, *QUICKLY).stdout
 
 
 def test_the_report_is_labelled_synthetic_and_marks_the_best(results):
