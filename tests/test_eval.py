@@ -88,13 +88,12 @@ def predict(demo, evaluation):
 
 @pytest.fixture(scope="module")
 def data(demo, stage):
-    return stage("03_prepare_data").load_dataset(demo / "data/demo/dataset.h5", "")
-
-
-@pytest.fixture(scope="module")
-def ctrl(data):
-    """The mean profile of the control cells."""
-    return data.mean[data.split == "ctrl"][0]
+    """The demo's dataset, also with the mean profile of the control cells and the test conditions."""
+    data = stage("03_prepare_data").load_dataset(demo / "data/demo/dataset.h5", "")
+    data.ctrl = data.mean[data.split == "ctrl"][0]
+    data.tested = np.flatnonzero(data.split == "test")
+    data.labels, data.true = data.conditions[data.tested], data.mean[data.tested].astype(float)
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +146,10 @@ def predictions(results, name):
 def test_a_prediction_is_the_mean_over_as_many_control_cells_as_the_condition_has(
         demo, data, results, evaluation):
     predicted = predictions(results, "scgenept_go_c.seed23.h5ad")
-    tested = np.flatnonzero(data.split == "test")
-    assert set(predicted) == set(data.conditions[tested])
+    assert set(predicted) == set(data.labels)
     net = model.load(demo / "runs/demo/scgenept_go_c/seed23/model.pt")
-    controls = evaluation.draw_controls(data, tested, None, 42)
-    for condition, cells in list(zip(tested, controls))[::15]:
+    controls = evaluation.draw_controls(data, data.tested, None, 42)
+    for condition, cells in list(zip(data.tested, controls))[::15]:
         assert len(cells) == (data.cell_condition == condition).sum()
         assert np.isin(cells, data.ctrl_cells).all()
         targets = [target for target in data.targets[condition] if target >= 0]
@@ -159,18 +157,18 @@ def test_a_prediction_is_the_mean_over_as_many_control_cells_as_the_condition_ha
         assert_allclose(predicted[data.conditions[condition]], each.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_models_and_baselines_are_those_of_a_loop_with_scipy(data, ctrl, results):
+def test_scores_of_models_and_baselines_are_those_of_a_loop_with_scipy(data, results):
     of_model = predictions(results, "scgpt.seed42.h5ad")
     trained_mean = data.mean[data.split == "train"].astype(float).mean(0)
-    for condition in np.flatnonzero(data.split == "test")[::9]:
+    for condition in data.tested[::9]:
         label, true, top = data.conditions[condition], data.mean[condition], data.de_idx[condition]
         profiles = {("scgpt", 42): of_model[label],
                     ("non-ctrl-mean", ""): trained_mean,
-                    ("no-change", ""): ctrl}
+                    ("no-change", ""): data.ctrl}
         for (name, seed), profile in profiles.items():
             mse = np.mean((profile - true)[top] ** 2)
-            change = profile - ctrl
-            pearson = stats.pearsonr(change, true - ctrl)[0] if change.any() else 0
+            change = profile - data.ctrl
+            pearson = stats.pearsonr(change, true - data.ctrl)[0] if change.any() else 0
             assert value(results.metrics, name, label, "mse_top20", seed) == approx(mse, rel=1e-4)
             assert value(results.metrics, name, label, "pearson_delta_all", seed) == approx(pearson, abs=1e-5)
 
@@ -239,9 +237,8 @@ def small_screen():
 
 
 def test_the_random_baseline_is_one_training_perturbation_drawn_ten_times(data, results, evaluation):
-    tested = np.flatnonzero(data.split == "test")
     trained = {tuple(row) for row in data.mean[data.split == "train"]}
-    first, second = (evaluation.random_means(data, tested, draw) for draw in (0, 1))
+    first, second = (evaluation.random_means(data, data.tested, draw) for draw in (0, 1))
     drawn = {tuple(row) for row in first}
     assert drawn <= trained
     assert len(drawn) > 10
@@ -391,27 +388,20 @@ def write_cells(path, labels, genes, X):
 
 
 @pytest.fixture(scope="module")
-def truth(data):
-    """Labels and mean profiles of the test conditions."""
-    tested = np.flatnonzero(data.split == "test")
-    return SimpleNamespace(labels=data.conditions[tested].tolist(), means=data.mean[tested].astype(float))
-
-
-@pytest.fixture(scope="module")
-def perfect(demo, data, truth, tmp_path_factory):
+def perfect(demo, data, tmp_path_factory):
     """An evaluation, where nothing was trained, of the truth as other methods may write it."""
     root = tmp_path_factory.mktemp("perfect")
     (root / "data").symlink_to(demo / "data")
     order = np.random.default_rng(0).permutation(128)
-    turned = ["+".join(reversed(label.split("+"))) for label in truth.labels]  # B+A, ctrl+A
-    write_cells(root / "turned.h5ad", turned, data.genes[order], truth.means[:, order])
+    turned = ["+".join(reversed(label.split("+"))) for label in data.labels]  # B+A, ctrl+A
+    write_cells(root / "turned.h5ad", turned, data.genes[order], data.true[:, order])
 
     noise = np.tile([[0.1], [-0.1]], (46, 1))  # cancels in the mean of a condition's two cells
-    cells = np.repeat(truth.means, 2, axis=0) + noise
-    write_cells(root / "cells.h5ad", np.repeat(truth.labels, 2), data.genes, cells)
+    cells = np.repeat(data.true, 2, axis=0) + noise
+    write_cells(root / "cells.h5ad", np.repeat(data.labels, 2), data.genes, cells)
 
-    as_gears = [label.replace("+ctrl", "").replace("+", "_") for label in truth.labels]  # A_B, A
-    path = write_cells(root / "gears.h5ad", as_gears, data.genes, truth.means)
+    as_gears = [label.replace("+ctrl", "").replace("+", "_") for label in data.labels]  # A_B, A
+    path = write_cells(root / "gears.h5ad", as_gears, data.genes, data.true)
     (root / "gears.h5ad.gz").write_bytes(gzip.compress(path.read_bytes()))
 
     done = evaluate(root, "--external", f"turned={root / 'turned.h5ad'}", f"cells={root / 'cells.h5ad'}",
@@ -420,10 +410,10 @@ def perfect(demo, data, truth, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["turned", "cells", "gears"])
-def test_conditions_of_another_method_match_by_their_targets_and_genes_by_symbol(perfect, truth, name):
+def test_conditions_of_another_method_match_by_their_targets_and_genes_by_symbol(perfect, data, name):
     assert f"{name}: 46 of the 46 test conditions are in " in perfect.output
     rows = [row for row in rows_of(perfect.root, "metrics.csv") if row["model"] == name]
-    assert {row["condition"] for row in rows} == set(truth.labels)
+    assert {row["condition"] for row in rows} == set(data.labels)
     for row in rows:
         best = 0 if row["metric"].startswith("mse") else 1
         assert row["value"] == approx(best, abs=1e-5)
@@ -439,15 +429,15 @@ LONG_NAME = "scgenept_ncbi+uniprot+go_all-shuffled"
 
 
 @pytest.fixture(scope="module")
-def mixed(demo, data, ctrl, truth, tmp_path_factory):
+def mixed(demo, data, tmp_path_factory):
     """An evaluation of runs, of a model file, and of methods that lack conditions, predict too much and
     predict on another scale."""
     root = linked(tmp_path_factory.mktemp("mixed"), demo)
-    too_large = np.maximum(ctrl + 3 * (truth.means - ctrl), 0)  # the right direction, three times too far
-    ten_times = np.log1p(np.expm1(truth.means) * 10)
-    write_cells(root / "part.h5ad", truth.labels[:20], data.genes, truth.means[:20])
-    write_cells(root / "loud.h5ad", truth.labels, data.genes, too_large)
-    write_cells(root / "scaled.h5ad", truth.labels, data.genes, ten_times)
+    too_large = np.maximum(data.ctrl + 3 * (data.true - data.ctrl), 0)  # in the right direction
+    ten_times = np.log1p(np.expm1(data.true) * 10)
+    write_cells(root / "part.h5ad", data.labels[:20], data.genes, data.true[:20])
+    write_cells(root / "loud.h5ad", data.labels, data.genes, too_large)
+    write_cells(root / "scaled.h5ad", data.labels, data.genes, ten_times)
     shutil.copy(demo / "runs/demo/scgpt/seed42/model.pt", root / "mine.pt")
     options = ["--run", "scgpt", f"{LONG_NAME}={root / 'mine.pt'}", "--controls", 2, "--external"]
     done = evaluate(root, *options, *(f"{name}={root / name}.h5ad" for name in ("part", "loud", "scaled")))
@@ -501,23 +491,23 @@ def refusal_of_method(root, labels, genes, X):
     (lambda means, ctrl: np.expm1(means) * 100, "as counts have"),
     (lambda means, ctrl: means * np.nan, "NaN in all of them")])
 def test_values_that_are_no_log_normalized_expression_are_refused_with_what_they_look_like(
-        data, ctrl, truth, root, change, words):
-    changed = change(truth.means, ctrl)
-    assert words in refusal_of_method(root, truth.labels, data.genes, changed)
+        data, root, change, words):
+    changed = change(data.true, data.ctrl)
+    assert words in refusal_of_method(root, data.labels, data.genes, changed)
 
 
-def test_counts_of_cells_are_refused_though_their_means_are_small_and_no_whole_numbers(data, truth, root):
-    of_cells = np.repeat(truth.means, 7, axis=0)
+def test_counts_of_cells_are_refused_though_their_means_are_small_and_no_whole_numbers(data, root):
+    of_cells = np.repeat(data.true, 7, axis=0)
     counts = np.random.default_rng(0).poisson(of_cells).astype(np.float32)
-    error = refusal_of_method(root, np.repeat(truth.labels, 7), data.genes, counts)
+    error = refusal_of_method(root, np.repeat(data.labels, 7), data.genes, counts)
     assert "whole values up to" in error
     assert "as counts have" in error
 
 
-def test_another_method_without_a_test_condition_or_with_too_few_genes_is_refused(data, truth, root):
-    error = refusal_of_method(root, ["X+ctrl"] * 46, data.genes, truth.means)
+def test_another_method_without_a_test_condition_or_with_too_few_genes_is_refused(data, root):
+    error = refusal_of_method(root, ["X+ctrl"] * 46, data.genes, data.true)
     assert "has none of the 46 test conditions" in error
-    error = refusal_of_method(root, truth.labels, data.genes[3:], truth.means[:, 3:])
+    error = refusal_of_method(root, data.labels, data.genes[3:], data.true[:, 3:])
     assert "lacks 3 of 128 genes: DEMO001, DEMO002, DEMO003" in error
 
 
@@ -571,8 +561,8 @@ def test_predicted_changes_are_means_over_cells_and_intervals_over_seeds(data, p
         assert row["measured_delta"] == ""
 
 
-def test_a_measured_perturbation_shows_the_measured_change_beside_it(data, ctrl, predicted):
-    measured = data.mean[data.conditions.tolist().index("DEMO001+ctrl")] - ctrl
+def test_a_measured_perturbation_shows_the_measured_change_beside_it(data, predicted):
+    measured = data.mean[data.conditions.tolist().index("DEMO001+ctrl")] - data.ctrl
     measured_of = dict(zip(data.genes, measured))
     for row in genes_changed(predicted, "DEMO001", "scgpt"):
         assert row["measured_delta"] == approx(measured_of[row["gene"]], abs=1e-5)
@@ -730,13 +720,13 @@ def test_without_a_run_the_baselines_predict(evaluation, root):
     assert "scgpt" not in models
 
 
-def test_baselines_by_name_predict_their_change_from_the_control_mean(data, ctrl, predict):
+def test_baselines_by_name_predict_their_change_from_the_control_mean(data, predict):
     conditions, genes = singles(data, "train")
     found = predict("--predict", genes[0], "--run", "additive", "non-ctrl-mean", "--controls", 4)
     assert found["model"].tolist() == ["additive", "non-ctrl-mean"]
     additive, non_ctrl_mean = found["delta"]
-    assert_allclose(additive, data.mean[conditions[0]] - ctrl, atol=1e-5)
-    assert_allclose(non_ctrl_mean, data.mean[data.split == "train"].mean(0) - ctrl, atol=1e-5)
+    assert_allclose(additive, data.mean[conditions[0]] - data.ctrl, atol=1e-5)
+    assert_allclose(non_ctrl_mean, data.mean[data.split == "train"].mean(0) - data.ctrl, atol=1e-5)
 
 
 def test_the_additive_baseline_says_that_it_does_not_know_a_target(data, predict, capsys):
@@ -872,9 +862,9 @@ def test_perturbations_are_ranked_by_how_near_they_lead(data, predict, root):
         assert row["distance"] == approx(distance, abs=1e-5)
 
 
-def test_what_leads_away_from_the_cells_of_a_file_is_not_among_the_closest(data, ctrl, root):
+def test_what_leads_away_from_the_cells_of_a_file_is_not_among_the_closest(data, root):
     conditions, genes = singles(data, "train")
-    likeness = np.corrcoef(data.mean[conditions] - ctrl)[0]
+    likeness = np.corrcoef(data.mean[conditions] - data.ctrl)[0]
     there, away = genes[0], genes[likeness.argmin()]
     assert likeness.min() < -0.1
     cells = data.X[np.flatnonzero(data.cell_condition == conditions[0])].toarray()
@@ -885,19 +875,20 @@ def test_what_leads_away_from_the_cells_of_a_file_is_not_among_the_closest(data,
     assert "none leads there" in evaluate(root, *options, away).stdout
 
 
-def test_the_best_model_of_the_report_comes_first(evaluation, tmp_path):
-    (tmp_path / "summary.csv").write_text("model,subgroup,metric,mean\n"
-                                          "scgpt,all,pearson_delta_top20,0.5\n"
-                                          "genept_x,all,pearson_delta_top20,-0.2\n"
-                                          "scgenept_x-shuffled,all,pearson_delta_top20,0.9\n"
-                                          "scgenept_x,all,pearson_delta_top20,0.7\n"
-                                          "scgpt,unseen_single,pearson_delta_top20,1\n"
-                                          "scgpt,all,mse_all,2\n")
+def test_the_best_model_of_the_report_comes_first_and_shuffled_controls_last(evaluation, tmp_path):
+    rows = [("scgpt", "all", "pearson_delta_top20", 0.5), ("scgpt", "all", "mse_all", 2),
+            ("scgpt", "unseen_single", "pearson_delta_top20", 1),
+            ("genept_x", "all", "pearson_delta_top20", -0.2),
+            ("scgenept_x", "all", "pearson_delta_top20", 0.7),
+            ("scgenept_x-shuffled", "all", "pearson_delta_top20", 0.9)]
+    summary = tmp_path / "summary.csv"
+    evaluation.write_csv(summary, ("model", "subgroup", "metric", "mean"), rows)
     names = ("scgpt", "genept_x", "scgenept_x-shuffled", "new", "scgenept_x")
     runs = [SimpleNamespace(name=name) for name in names]
-    ordered = [run.name for run in evaluation.best_first(runs, tmp_path / "summary.csv")]
+    ordered = [run.name for run in evaluation.best_first(runs, summary)]
     assert ordered == ["scgenept_x", "scgpt", "genept_x", "new", "scgenept_x-shuffled"]
-    ordered = [run.name for run in evaluation.best_first(runs, tmp_path / "none.csv")]
+    summary.unlink()
+    ordered = [run.name for run in evaluation.best_first(runs, summary)]
     assert ordered == ["scgpt", "genept_x", "new", "scgenept_x", "scgenept_x-shuffled"]
 
 
@@ -1000,7 +991,7 @@ def cells(demo, tmp_path_factory):
 def test_cells_of_a_model_and_the_measured_ones_are_a_pair_that_cell_eval_accepts(data, cells):
     predicted = cells("predictions/scgpt.seed42.cells.h5ad")
     measured = cells("predictions/measured.cells.h5ad")
-    conditions = {"ctrl", *data.conditions[data.split == "test"]}
+    conditions = {"ctrl", *data.labels}
     for table in (predicted, measured):
         assert table.var_names.tolist() == data.genes.tolist()
         assert set(table.obs["condition"]) == conditions
@@ -1054,7 +1045,7 @@ def test_cells_of_chosen_perturbations_stand_below_their_controls_for_every_mode
     assert_allclose(predicted[is_ctrl].X.mean(0), control[0], rtol=1e-5)
 
 
-def test_predictions_open_in_anndata_and_carry_what_they_were_made_from(data, ctrl, cells, tmp_path):
+def test_predictions_open_in_anndata_and_carry_what_they_were_made_from(data, cells, tmp_path):
     table = cells("predictions/scgpt.seed42.h5ad")
     assert table.shape == (46, 128)
     assert table.X.dtype == np.float32
@@ -1064,7 +1055,7 @@ def test_predictions_open_in_anndata_and_carry_what_they_were_made_from(data, ct
     assert set(table.uns) == {"description", "control", "command", "date", "versions", "made_from"}
     assert "SYNTHETIC" in table.uns["description"]
     assert "05_eval.py" in table.uns["command"]
-    assert_allclose(table.layers["delta"], table.X - ctrl, atol=1e-6)
+    assert_allclose(table.layers["delta"], table.X - data.ctrl, atol=1e-6)
     table.write_h5ad(tmp_path / "again.h5ad")
 
 
