@@ -10,7 +10,7 @@ from conftest import error_of, run_script
 GENES = [f"GENE{i}" for i in range(30)]
 IDS = [f"ENSG{i:011d}" for i in range(30)]
 SINGLES = [f"{gene}+ctrl" for gene in GENES[:10]]
-LABELS = ["ctrl"] * 20 + [label for label in SINGLES for _ in range(5)] + ["GENE0+GENE1"] * 5
+LABELS = ["ctrl"] * 20 + np.repeat(SINGLES, 5).tolist() + ["GENE0+GENE1"] * 5
 
 
 def counts(n_cells=len(LABELS), n_genes=len(GENES)):

@@ -1,4 +1,4 @@
-"""03_prepare_data.py, piece by piece: what labels mean, the paper's split, differential expression, the arrays of
+"""03_prepare_data.py, piece by piece: what labels mean, the paper's split, differential expression,
 dataset.h5 for a file as GEARS' are, and the demo."""
 import hashlib
 import json
