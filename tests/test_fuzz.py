@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import model
+from cells import STAGE, prepared, rules, write_cells
 from conftest import run_script
 from test_annotations import ANNOTATIONS, NCBI_TEXTS, ONTOLOGY, PROTEINS
-from test_own_cells import GENES, LABELS, counts, logged, write_cells
-from test_prepare import rules
 
 
 def damaged(content, seed):
@@ -45,40 +44,28 @@ def overwritten(content, seed, start=0, end=None):
     return bytes(content)
 
 
-def read_or_refused(read):
-    """Whether read() succeeds; it has to end in one line where it does not, with no other exception."""
+def is_read(read, path):
+    """Whether read(path) succeeds; where it does not, it has to end in one line, with no other exception."""
     try:
-        read()
+        read(path)
     except SystemExit as end:
-        assert isinstance(end.code, str) and end.code.startswith("error: ") and "\n" not in end.code, end.code
+        assert_is_refusal(end.code)
         return False
     return True
 
 
-def runs_or_is_refused(script, *args, root):
-    """Whether a script succeeds; it has to end in one line where it does not."""
-    done = run_script(script, *args, root=root, check=False)
-    lines = done.stderr.strip().splitlines()
-    is_refused = done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ")
-    assert done.returncode == 0 or is_refused, done.stderr
-    return not is_refused
+def assert_is_refusal(message):
+    assert message.startswith("error: ") and "\n" not in message, message
 
 
-# --- text and JSON
-
-SPLIT = {"train": ["A+ctrl", "B+C"], "val": ["B+ctrl"], "test": ["D+ctrl"]}
-TARGETS = {"A+ctrl": ["A"], "B+C": ["B", "C"], "B+ctrl": ["B"], "D+ctrl": ["D"]}
-TEXTS = {  # kind: (content, how it is read: script modules by number, path, folder with whole files)
-    "gaf": (ANNOTATIONS, lambda s, path, whole: s[1].read_go("go_all", path, whole / "obo")),
-    "obo": (ONTOLOGY, lambda s, path, whole: s[1].read_go("go_all", whole / "gaf", path)),
-    "tsv": ("gene\ttext\nA\tb\nC\td\n", lambda s, path, whole: s[1].read_tsv(path)),
-    "uniprot": (PROTEINS, lambda s, path, whole: s[1].read_fresh(whole / "summaries", path)),
-    "colours": ("gene\tpathway\nA\tx\nB\ty\n", lambda s, path, whole: s[2].read_column(f"{path}:pathway"))}
-JSON = {
-    "texts": (NCBI_TEXTS, lambda s, path: s[1].read_released(path)),
-    "vocab": ({"A": 0, "<pad>": 1, "B": 2}, lambda s, path: s[3].read_vocab(path)),
-    "split": (SPLIT, lambda s, path: s[3].split_from_json(path, TARGETS, rules("A", "B", "C", "D")))}
-ODD = (None, True, -1, 2**70, 1.5, float("nan"), "", "\ud800", [], [[]], {}, {"x": 1})
+def assert_refuses_truncated(read, whole, folder):
+    """read() takes the whole file and none that is cut short."""
+    assert is_read(read, whole)
+    content = whole.read_bytes()
+    for seed in range(40):
+        path = folder / f"{seed}{whole.suffix}"
+        path.write_bytes(truncated(content, seed))
+        assert not is_read(read, path), path
 
 
 @pytest.fixture(scope="module")
@@ -87,43 +74,56 @@ def scripts(stage):
     return {i: stage(name) for i, name in enumerate(names, 1)}
 
 
-@pytest.mark.parametrize("kind", TEXTS)
+# --- text and JSON
+
+SPLIT = {"train": ["A+ctrl", "B+C"], "val": ["B+ctrl"], "test": ["D+ctrl"]}
+TARGETS = {"A+ctrl": ["A"], "B+C": ["B", "C"], "B+ctrl": ["B"], "D+ctrl": ["D"]}
+TSV = "gene\ttext\nA\tb\nC\td\n"
+JSON = {"texts": NCBI_TEXTS, "vocab": {"A": 0, "<pad>": 1, "B": 2}, "split": SPLIT}
+FILES = {
+    "gaf": ANNOTATIONS.encode(),
+    "obo": ONTOLOGY.encode(),
+    "tsv": TSV.encode(),
+    "tsv.gz": gzip.compress(TSV.encode()),
+    "uniprot": PROTEINS.encode(),
+    "colours": b"gene\tpathway\nA\tx\nB\ty\n",
+    "summaries": b'{"FOSB": "Gene Symbol FOSB Summary."}',
+    **{kind: json.dumps(content).encode() for kind, content in JSON.items()}}
+READERS = {  # kind: how it is read, by the scripts' numbers; the other files lie beside it
+    "gaf": lambda s, path: s[1].read_go("go_all", path, path.with_name("obo")),
+    "obo": lambda s, path: s[1].read_go("go_all", path.with_name("gaf"), path),
+    "tsv": lambda s, path: s[1].read_tsv(path),
+    "tsv.gz": lambda s, path: s[1].read_tsv(path),
+    "uniprot": lambda s, path: s[1].read_fresh(path.with_name("summaries"), path),
+    "colours": lambda s, path: s[2].read_column(f"{path}:pathway"),
+    "texts": lambda s, path: s[1].read_released(path),
+    "vocab": lambda s, path: s[3].read_vocab(path),
+    "split": lambda s, path: s[3].split_from_json(path, TARGETS, rules("A", "B", "C", "D"))}
+
+
+@pytest.mark.parametrize("kind", READERS)
 def test_damaged_text_is_read_or_refused(scripts, tmp_path, kind):
-    for name, (content, _) in TEXTS.items():
-        (tmp_path / name).write_text(content)
-    (tmp_path / "summaries").write_text('{"FOSB": "Gene Symbol FOSB Summary."}')
-    content, read = TEXTS[kind]
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    READERS[kind](scripts, tmp_path / kind)
     for seed in range(100):
         path = tmp_path / f"{kind}.{seed}"
-        path.write_bytes(damaged(content.encode(), seed))
-        read_or_refused(lambda: read(scripts, path, tmp_path))
+        path.write_bytes(damaged(FILES[kind], seed))
+        is_read(lambda path: READERS[kind](scripts, path), path)
 
 
-def test_a_damaged_gzip_file_is_read_or_refused(scripts, tmp_path):
-    packed = gzip.compress(TEXTS["tsv"][0].encode())
-    for seed in range(100):
-        path = tmp_path / f"tsv.gz.{seed}"
-        path.write_bytes(damaged(packed, seed))
-        read_or_refused(lambda: scripts[1].read_tsv(path))
+ODD = (None, True, -1, 2**70, 1.5, float("nan"), "", "\ud800", [], [[]], {}, {"x": 1})
 
 
 @pytest.mark.parametrize("kind", JSON)
-def test_damaged_json_is_read_or_refused(scripts, tmp_path, kind):
-    content, read = JSON[kind]
-    for seed in range(100):
-        path = tmp_path / f"{kind}.{seed}"
-        path.write_bytes(damaged(json.dumps(content).encode(), seed))
-        read_or_refused(lambda: read(scripts, path))
-
-
-@pytest.mark.parametrize("kind", ["texts", "vocab", "split"])
 def test_json_with_other_values_is_read_or_refused(scripts, tmp_path, kind):
-    content, read = JSON[kind]
-    changed = [*ODD, *({**content, key: value} for key in content for value in ODD)]
+    changed = list(ODD)
+    for key in JSON[kind]:
+        changed += [{**JSON[kind], key: value} for value in ODD]
     for i, value in enumerate(changed):
         path = tmp_path / f"{kind}.{i}"
         path.write_text(json.dumps(value))
-        read_or_refused(lambda: read(scripts, path))
+        is_read(lambda path: READERS[kind](scripts, path), path)
 
 
 # --- models and HDF5
@@ -132,62 +132,62 @@ def test_json_with_other_values_is_read_or_refused(scripts, tmp_path, kind):
 def whole(tmp_path_factory):
     """A folder with a model in both forms, a lab's cells, and the dataset made from them."""
     root = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
     net = model.ScGenePT(model.Config(n_tokens=33, pad_id=30, d_model=8, n_heads=2, d_hid=8, n_layers=1))
     model.save(net, root / "own.pt")
     torch.save(net.state_dict(), root / "released.pt")
-    write_cells(root / "cells.h5ad", logged(counts()), LABELS, GENES)
-    run_script("03_prepare_data.py", "--dataset", "mine", "--h5ad", root / "cells.h5ad", "--vocab", "none",
-               root=root)
+    prepared(write_cells(root))
     return root
 
 
-@pytest.mark.parametrize("damage", [truncated, overwritten])
+@pytest.fixture
+def load_model(scripts):
+    return lambda path: scripts[5].load_model(path, SimpleNamespace(n_tokens=33))
+
+
 @pytest.mark.parametrize("name", ["own.pt", "released.pt"])
-def test_a_damaged_model_is_read_or_refused(scripts, whole, tmp_path, name, damage):
+def test_a_truncated_model_is_refused(load_model, whole, tmp_path, name):
+    assert_refuses_truncated(load_model, whole / name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["own.pt", "released.pt"])
+def test_an_overwritten_model_is_read_or_refused(load_model, whole, tmp_path, name):
     content = (whole / name).read_bytes()
     for seed in range(40):
         path = tmp_path / f"{seed}.pt"
-        path.write_bytes(damage(content, seed))
-        is_read = read_or_refused(lambda: scripts[5].load_model(path, SimpleNamespace(n_tokens=33)))
-        assert not (is_read and damage is truncated)
+        path.write_bytes(overwritten(content, seed))
+        is_read(load_model, path)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # overflows of numbers that damage made large
-@pytest.mark.parametrize("name", ["X/data", "X/indices", "X/indptr", "obs/condition/codes"])
-def test_cells_with_damaged_numbers_are_read_or_refused(whole, tmp_path, name):
-    content = (whole / "cells.h5ad").read_bytes()
-    with h5py.File(whole / "cells.h5ad") as file:  # damage outside of the numbers can crash HDF5 itself
+@pytest.mark.parametrize("layout, name", [
+    ("csr", "X/data"), ("csr", "X/indices"), ("csr", "X/indptr"), ("csc", "X/indices"), ("csc", "X/indptr"),
+    ("csr", "obs/condition/codes")])
+def test_cells_with_damaged_numbers_are_read_or_refused(tmp_path, layout, name):
+    cells = write_cells(tmp_path, layout=layout)
+    content = cells.read_bytes()
+    with h5py.File(cells) as file:  # damage outside of the numbers can crash HDF5 itself
         start, n = file[name].id.get_offset(), file[name].nbytes
-    for seed in range(15):
+    for seed in range(12):
         path = tmp_path / f"{seed}.h5ad"
         path.write_bytes(overwritten(content, seed, start, start + n))
-        runs_or_is_refused("03_prepare_data.py", "--dataset", "mine", "--h5ad", path, "--vocab", "none",
-                           root=tmp_path / "root")
-
-
-def test_truncated_cells_are_refused(whole, tmp_path):
-    content = (whole / "cells.h5ad").read_bytes()
-    for seed in range(10):
-        path = tmp_path / f"{seed}.h5ad"
-        path.write_bytes(truncated(content, seed))
-        assert not runs_or_is_refused("03_prepare_data.py", "--dataset", "mine", "--h5ad", path,
-                                      "--vocab", "none", root=tmp_path / "root")
+        done = run_script(*STAGE, path, root=tmp_path, check=False)
+        if done.returncode:
+            assert_is_refusal(done.stderr.strip())
 
 
 def test_a_truncated_dataset_is_refused(scripts, whole, tmp_path):
-    content = (whole / "data/mine/dataset.h5").read_bytes()
-    for seed in range(40):
-        path = tmp_path / f"{seed}.h5"
-        path.write_bytes(truncated(content, seed))
-        assert not read_or_refused(lambda: scripts[3].load_dataset(path, "python 03_prepare_data.py"))
+    def load(path):
+        scripts[3].load_dataset(path, "python 03_prepare_data.py")
+    assert_refuses_truncated(load, whole / "data/mine/dataset.h5", tmp_path)
 
 
 def test_truncated_predictions_of_another_method_are_refused(scripts, whole, tmp_path):
     data = scripts[3].load_dataset(whole / "data/mine/dataset.h5", "")
-    args = SimpleNamespace(root=whole, dataset="mine", layer=None, gene_key=None, upper_case=False, controls=None, seed=42)
+    args = SimpleNamespace(root=whole, dataset="mine", layer=None, gene_key=None, upper_case=False,
+                           controls=None, seed=42)
     test = scripts[5].held_out(data, args)
-    content = (whole / "cells.h5ad").read_bytes()  # the measured cells as if they were predicted
-    for seed in range(40):
-        path = tmp_path / f"{seed}.h5ad"
-        path.write_bytes(truncated(content, seed))
-        assert not read_or_refused(lambda: scripts[5].read_external(f"other={path}", data, test, args))
+
+    def read(path):
+        scripts[5].read_external(f"other={path}", data, test, args)
+    assert_refuses_truncated(read, whole / "cells.h5ad", tmp_path)  # as if measured cells were predicted
