@@ -125,12 +125,6 @@ def test_texts_vectors_cells_and_pretrained_weights_are_fetched_once_and_used(ho
     assert config.languages == {"ncbi": 1536}
 
 
-def test_the_sha256_of_a_download_without_a_known_one_is_kept(hosted):
-    archive = hosted.server.files[DATAVERSE]
-    kept = (hosted.root / "data/dixit/dixit.zip.sha256").read_text()
-    assert kept == f"{hashlib.sha256(archive).hexdigest()}  dixit.zip\n"
-
-
 def test_two_embedders_a_projection_a_released_model_and_another_method_stand_in_one_report(hosted):
     hosted.run("02_embed.py", "--source", "ncbi", "--embedder", "openai", "--model", "tiny",
                "--base-url", f"{hosted.server.url}v1")
