@@ -245,6 +245,7 @@ def test_ctrl_within_a_label_counts_as_control_whatever_control_cells_are_called
     data = prepared(write_cells(tmp_path, labels=labels), "--control", "control")
     assert data.labels == LABELS
     assert "'ctrl' within a label counts as control, too: GENE0+ctrl, " in data.stdout
+    assert "counts as control, too" not in prepared(write_cells(tmp_path)).stdout
 
 
 def test_without_control_cells_the_largest_labels_are_named(tmp_path):
@@ -386,8 +387,11 @@ def test_the_layers_to_choose_from_are_listed(layered):
     assert "no layers/lognorm in it; choose another" in refused(layered, "--layer", "lognorm")
     assert "counts, not logarithms" in refused(layered, "--layer", "counts")
     with h5py.File(layered, "a") as file:
-        del file["X"]
-    assert "no X in it; choose another matrix with --layer (counts, raw)" in refused(layered)
+        del file["X"], file["raw"]
+    assert "no X in it; choose another matrix with --layer (counts)" in refused(layered)
+    with h5py.File(layered, "a") as file:
+        del file["layers"]
+    assert refused(layered).endswith("no X in it")
 
 
 def test_the_most_variable_genes_are_scanpys(stage03, tmp_path, monkeypatch):
