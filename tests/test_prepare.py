@@ -319,6 +319,13 @@ def test_genes_take_the_rows_of_the_vocabulary_and_pad_where_they_are_absent(tmp
     assert "1 of 30 genes are in the vocabulary" in data.stdout
 
 
+@pytest.mark.parametrize("vocab", [{"A": 0, "B": 1}, {"<pad>": 0, "A": 2}, {"<pad>": 0, "A": 0}])
+def test_a_vocabulary_has_a_pad_and_rows_from_0_on(stage03, tmp_path, vocab):
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(SystemExit, match='vocab.json: expected .* with rows from 0 on and a "<pad>"'):
+        stage03.read_vocab(tmp_path / "vocab.json")
+
+
 def test_a_second_call_does_nothing_but_with_force_or_other_options(tmp_path):
     cells, dataset = write_gears(tmp_path), tmp_path / "data/mine/dataset.h5"
     prepared(cells)
