@@ -1,4 +1,4 @@
-"""Training on several processes, with the real torchrun (gloo on the CPU): one process's numbers, written once."""
+"""Training on several processes, with the real torchrun (gloo on the CPU): as one process, written once."""
 import csv
 import os
 import subprocess
