@@ -435,7 +435,8 @@ def test_a_training_epoch_on_the_gpu_is_that_of_the_cpu_but_for_rounding(trainin
         options = ("scgenept_s", "--cells-at-once", 3, "--attention-dropout", 0)
         net, job, state = prepared(training, data, vectors, machine, *options)
         errors.append((training.train_epoch(net, state, job, 1), training.validate(net, job)))
-    assert errors[1] == pytest.approx(errors[0], rel=1e-3) and errors[2] == pytest.approx(errors[0], rel=0.05)
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert errors[2] == pytest.approx(errors[0], rel=0.05)
 
 
 @on_gpu
@@ -467,7 +468,8 @@ def test_where_the_gpus_memory_is_short_the_cells_at_once_are_halved(training, v
         n_cells, loss_again, repeated = result(64)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert n_cells < 64 and f"goes on with {n_cells} cells at once" in capsys.readouterr().out
+    assert n_cells < 64
+    assert f"goes on with {n_cells} cells at once" in capsys.readouterr().out
     assert loss_again == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(repeated, expected, atol=1e-5, rtol=1e-3)
 
@@ -478,6 +480,7 @@ def test_the_demo_trains_and_is_evaluated_on_the_gpu(demo, tmp_path):
     options = ("--variant", "scgpt", "scgenept_go_c", "--epochs", 2, "--device", "cuda")
     assert "float16, " not in run_script("04_train.py", *options, root=tmp_path).stdout
     config = json.loads((tmp_path / "runs/demo/scgpt/seed42/config.json").read_text())
-    assert config["device"] == torch.cuda.get_device_name() and config["precision"] in ("bfloat16", "float16")
+    assert config["device"] == torch.cuda.get_device_name()
+    assert config["precision"] in ("bfloat16", "float16")
     run_script("05_eval.py", "--controls", 5, "--device", "cuda", root=tmp_path)
     assert (tmp_path / "results/demo/metrics.csv").exists()

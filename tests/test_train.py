@@ -80,28 +80,20 @@ def val_errors(root):
 
 # --- variants
 
-@pytest.mark.parametrize("name, has_tokens, has_counts, sources, pretrained, shuffled", [
-    ("scgpt", True, True, [], True, False),
-    ("scgpt-counts", True, False, [], True, False),
-    ("scgpt-tokens", False, True, [], True, False),
-    ("scgenept_ncbi+uniprot+go_all", True, True, ["ncbi+uniprot", "go_all"], True, False),
-    ("scgenept_ncbi+go_f-shuffled", True, True, ["ncbi", "go_f"], True, True),
-    ("scgenept_go_c-scratch", True, True, ["go_c"], False, False),
-    ("genept_notes", False, False, ["notes"], True, False),
-    ("genept_go_p-scratch-shuffled", False, False, ["go_p"], False, True),
-])
-def test_a_variants_name_gives_its_parts(
-        training, stage, name, has_tokens, has_counts, sources, pretrained, shuffled):
+@pytest.mark.parametrize("name, sources, pretrained, shuffled", [
+    ("scgpt", [], True, False),
+    ("scgenept_ncbi+go_f-shuffled", ["ncbi", "go_f"], True, True),
+    ("scgenept_go_c-scratch", ["go_c"], False, False),
+    ("genept_notes", ["notes"], True, False),
+    ("genept_go_p-scratch-shuffled", ["go_p"], False, True)])
+def test_a_variants_name_gives_its_parts(training, stage, name, sources, pretrained, shuffled):
     variant = training.parse_variant(name, {*stage("01_fetch_annotations").SOURCES, "notes"})
-    assert (variant.has_tokens, variant.has_counts) == (has_tokens, has_counts)
-    assert variant.sources == sources
-    assert (variant.pretrained, variant.shuffled) == (pretrained, shuffled)
+    assert (variant.sources, variant.pretrained, variant.shuffled) == (sources, pretrained, shuffled)
 
 
 @pytest.mark.parametrize("name, message", [
     ("scgtp", "unknown variant 'scgtp'"),
     ("scgenept_", "unknown variant"),
-    ("genept_-scratch", "unknown variant"),
     ("scgpt-scratch", "unknown variant"),
     ("scgenept_go_x", "unknown source 'go_x'"),
     ("scgpt-shuffled", "no texts to shuffle")])
@@ -133,29 +125,31 @@ def test_every_variant_of_the_paper_and_its_shuffled_control_trains(root):
 
 
 CONCAT, AVG, OF_LSA = ("published", "concat"), ("published", "avg"), ("lsa", "concat")
+THREE = [AVG, CONCAT, OF_LSA]
 
 
-@pytest.mark.parametrize("found, options, chosen, label", [
-    ([("lsa", "avg")], {}, ("lsa", "avg"), []),  # the only vectors
-    ([AVG, CONCAT, OF_LSA], {}, CONCAT, []),
-    ([AVG, CONCAT, OF_LSA], {"embedder": "lsa"}, OF_LSA, ["embedder=lsa"]),
-    ([AVG, CONCAT, OF_LSA], {"mode": "avg"}, AVG, ["mode=avg"])])
-def test_vectors_are_the_only_ones_or_published_concat_or_chosen(training, found, options, chosen, label):
+def choose(training, found, embedder=None, mode=None):
     variant = SimpleNamespace(name="v", sources=["go_c"])
-    args = SimpleNamespace(**{"embedder": None, "mode": None} | options)
     files = {"go_c": {embedding: embedding for embedding in found}}
-    assert training.choose_embeddings(variant, files, args) == ({"go_c": chosen}, label)
+    args = SimpleNamespace(embedder=embedder, mode=mode)
+    vectors, labels = training.choose_embeddings(variant, files, args)
+    return vectors["go_c"], labels
+
+
+def test_vectors_are_the_only_ones_or_published_concat_or_chosen(training):
+    assert choose(training, [("lsa", "avg")]) == (("lsa", "avg"), [])
+    assert choose(training, THREE) == (CONCAT, [])
+    assert choose(training, THREE, embedder="lsa") == (OF_LSA, ["embedder=lsa"])
+    assert choose(training, THREE, mode="avg") == (AVG, ["mode=avg"])
 
 
 @pytest.mark.parametrize("found, embedder, mode, message", [
     ([("a", "concat"), ("b", "concat")], None, None, "choose with --embedder: a, b"),
-    ([AVG, CONCAT, OF_LSA], "openai", None, "no vectors with embedder openai"),
-    ([AVG, CONCAT, OF_LSA], "lsa", "avg", "no vectors with mode avg")])
-def test_vectors_that_are_not_there_or_no_single_choice_are_an_error(training, found, embedder, mode, message):
-    variant = SimpleNamespace(name="v", sources=["go_c"])
+    (THREE, "openai", None, "no vectors with embedder openai"),
+    (THREE, "lsa", "avg", "no vectors with mode avg")])
+def test_vectors_that_are_not_there_or_have_no_default_are_refused(training, found, embedder, mode, message):
     with pytest.raises(SystemExit, match=message):
-        training.choose_embeddings(variant, {"go_c": dict.fromkeys(found)},
-                                   SimpleNamespace(embedder=embedder, mode=mode))
+        choose(training, found, embedder, mode)
 
 
 # --- language vectors
@@ -205,7 +199,7 @@ def cells():
                            X=sparse.random(40, 30, 0.3, "csr", random_state=0, dtype=np.float32))
 
 
-def test_every_perturbed_cell_is_paired_with_a_control_cell_and_control_cells_with_themselves(training, cells):
+def test_a_perturbed_cell_is_paired_with_a_control_cell_and_a_control_cell_with_itself(training, cells):
     pairs = training.pair_cells(cells, seed=1)
     assert pairs[:10].tolist() == list(range(10))
     assert set(pairs) <= set(cells.ctrl_cells)
@@ -263,7 +257,8 @@ def splits(split):
 def test_without_validation_conditions_a_tenth_of_the_training_conditions_validates(training, capsys):
     train_cells, val_cells = training.split_cells(splits(["ctrl", "test"] + ["train"] * 30))
     of_ctrl, of_test = {0, 1}, {2, 3}
-    assert (len(train_cells), len(val_cells)) == (2 + 2 * 27, 2 * 3)
+    assert len(train_cells) == 2 + 2 * 27
+    assert len(val_cells) == 2 * 3
     assert {*train_cells, *val_cells} == set(range(64)) - of_test
     assert of_ctrl <= set(train_cells)
     assert "no validation conditions" in capsys.readouterr().out
@@ -412,7 +407,7 @@ def write_pretrained(folder):
     (folder / "args.json").write_text(json.dumps(settings))
 
 
-def test_the_projection_starts_at_the_least_squares_solution_to_pretrained_tokens(training, vectors, tmp_path):
+def test_the_projection_starts_at_least_squares_to_the_pretrained_tokens(training, vectors, tmp_path):
     data, files = vectors
     write_pretrained(tmp_path)
     settings = {"dropout": 0, "attention_dropout": 0, "residual": False, "align": "projection",
@@ -472,16 +467,13 @@ def test_fine_tuning_starts_from_the_pretrained_parts_and_says_so(pretrained, tm
 
 @pytest.mark.parametrize("file, content, message", [
     ("best_model.pt", "<html>", "best_model.pt: expected weights"),
-    ("best_model.pt", {"encoder.embedding.weight": torch.ones(3, 3)}, "no value_encoder"),
     ("best_model.pt", None, "best_model.pt: No such file"),
     ("args.json", "{}", "args.json: not scGPT's settings"),
     ("vocab.json", '{"<pad>": 0}', "made with another vocabulary")])
 def test_a_pretrained_folder_that_does_not_fit_is_an_error(pretrained, tmp_path, file, content, message):
     (pretrained / file).unlink()
-    if isinstance(content, str):
+    if content:
         (pretrained / file).write_text(content)
-    elif content:
-        torch.save(content, pretrained / file)
     options = ("--dataset", "mine", "--variant", "scgpt", "--pretrained", pretrained, "--epochs", 1)
     assert message in error_of("04_train.py", *options, root=tmp_path)
 
@@ -514,7 +506,7 @@ def test_more_epochs_go_on_to_the_weights_of_as_many_at_once(root):
     train(root, "--epochs", 2)
     assert "goes on after epoch 2" in train(root, "--epochs", 3).stdout
     best, last = results()
-    assert config_of(root)["epochs"] == 3 and config_of(root)["finished"]
+    assert {"epochs": 3, "finished": True}.items() <= config_of(root).items()
     train(root, "--epochs", 3, "--force")
     best_at_once, last_at_once = results()
     assert are_equal(best, best_at_once)
@@ -544,7 +536,7 @@ def test_weights_without_their_settings_are_not_thrown_away(root):
 def test_a_run_without_a_whole_epoch_is_replaced_by_other_settings(root):
     train(root, "--epochs", 1, "--lr", 1e25, run=error_of)
     train(root, "--epochs", 1, "--lr", 1e-3)
-    assert config_of(root)["finished"] and config_of(root)["lr"] == 1e-3
+    assert {"finished": True, "lr": 1e-3}.items() <= config_of(root).items()
 
 
 def test_config_json_says_what_was_trained_and_how(root):
