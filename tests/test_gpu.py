@@ -333,7 +333,7 @@ def test_scaled_gradients_train_as_unscaled_ones(training, data, vectors):
         torch.testing.assert_close(weights[1][key], value, atol=1e-6, rtol=1e-5, msg=key)
 
 
-def save_after_an_epoch(training, state, folder):
+def log_and_save(training, state, folder):
     state.log.append(dict.fromkeys(training.LOG_COLUMNS, 0))
     training.save_state(state, folder)
 
@@ -342,7 +342,7 @@ def test_the_scale_is_kept_where_the_precision_needs_one(training, data, vectors
     net, job, state = prepared(training, data, vectors, in_float16())
     training.train_epoch(net, state, job, 1)
     state.scaler.update(new_scale=1024.0)
-    save_after_an_epoch(training, state, tmp_path)
+    log_and_save(training, state, tmp_path)
     for machine, scale in ((in_float16(), 1024), (machine_of(), 1)):
         _, _, again = prepared(training, data, vectors, machine)
         training.resume(again, tmp_path, machine)
@@ -382,7 +382,7 @@ def test_a_run_begun_on_a_gpu_goes_on_on_a_cpu(training, data, vectors, tmp_path
     net, job, state = prepared(training, data, vectors, machine_of())
     state.optimizer = torch.optim.Adam(net.parameters(), fused=True)
     training.train_epoch(net, state, job, 1)
-    save_after_an_epoch(training, state, tmp_path)
+    log_and_save(training, state, tmp_path)
     net, job, state = prepared(training, data, vectors, machine_of())
     training.resume(state, tmp_path, machine_of())
     assert state.optimizer.param_groups[0]["fused"] is False
