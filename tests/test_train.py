@@ -317,12 +317,12 @@ def test_training_is_a_plain_loop_of_adam_on_the_mean_squared_error_of_measured_
     settings = {
         "epochs": 2, "batch_size": 100, "lr": 2e-3, "genes_per_batch": 40, "dropout": 0.0,
         "attention_dropout": 0.0, "targets_in_batch": False, "align": "layernorm", "residual": False,
-        "cells_at_once": 100, "d_model": 16, "n_heads": 2, "d_hid": 16, "n_layers": 1}
+        "cells_at_once": 100, "seed": 7, "d_model": 16, "n_heads": 2, "d_hid": 16, "n_layers": 1}
     variant = training.parse_variant("scgpt", [])
     plan = SimpleNamespace(variant=variant, settings=settings, vectors={}, pretrained=None)
     machine = training.set_up_machine(SimpleNamespace(device="cpu", batch_size=100, align="layernorm"))
     trained = training.build_model(plan, data, 7)
-    log = training.train(tmp_path, trained, data, settings, 7, machine).log
+    log = training.train(tmp_path, trained, data, settings, machine).log
 
     net = training.build_model(plan, data, 7)
     pairs = training.pair_cells(data, 7)
