@@ -1,4 +1,5 @@
-"""A local web server for the tests. It serves files as a good server does (ranges, entity tags), and misbehaves on request.
+"""A local web server for the tests. It serves files as a good server does (ranges, entity tags), and
+misbehaves when told to.
 
     with Server({"/host/file.bin": b"..."}) as server:
         server.misbehave("/host/file.bin", {"drop": 1000}, {"status": 503, "headers": {"Retry-After": "1"}})
@@ -23,8 +24,8 @@ from urllib.parse import unquote
 
 
 class Server:
-    """Serves `files`, {path: bytes} with or without the query in the path; what `hook(method, path, headers, body)` answers
-    with (status, headers, body) comes first, with None the files' turn comes."""
+    """Serves `files`, {path: bytes} with or without the query in the path. What `hook(method, path, headers,
+    body)` answers with (status, headers, body) comes first; where it returns None, the files' turn comes."""
 
     def __init__(self, files=(), hook=None):
         self.files, self.hook, self.faults, self.requests = dict(files), hook, {}, []
@@ -34,7 +35,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}/"
 
     def misbehave(self, path, *faults, always=False):
-        """The next requests for `path` meet one fault each, in this order; with `always` the same ones for ever."""
+        """The next requests for `path` meet one fault each, in this order; with `always` for ever."""
         self.faults[path] = itertools.cycle(faults) if always else iter(faults)
 
     def asked(self, path):
@@ -55,52 +56,62 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self):
+        """Note the request, find the good answer, and send what the fault makes of it."""
         server = self.server_of
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server.requests.append(SimpleNamespace(time=time.time(), method=self.command, path=self.path,
                                                headers=dict(self.headers), body=body))
         bare = self.path.split("?")[0]
-        fault = next(server.faults.get(self.path, server.faults.get(bare, iter(()))), {})
+        faults = server.faults.get(self.path, server.faults.get(bare, iter(())))
+        fault = next(faults, {})
         hooked = server.hook and server.hook(self.command, self.path, self.headers, body)
-        if hooked:
-            status, headers, content = hooked
-        else:
-            places = self.path, unquote(self.path), bare, unquote(bare)
-            found = [server.files[place] for place in places if place in server.files]
-            content = found[0] if found else b"no such file\n"
-            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:16]}"', "Accept-Ranges": "bytes"} if found else {}
-            status = 200 if found else 404
-            status, headers, content = self.ranged(status, {**headers, **fault.get("headers", {})}, content, fault)
-        status, content = fault.get("status", status), fault.get("body", content)
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(fault.get("length", len(content))),
-                   **headers, **fault.get("headers", {})}
+        status, headers, content = hooked or self.from_files(fault)
+        self.send(fault.get("status", status), headers, fault.get("body", content), fault)
+
+    def from_files(self, fault):
+        """Status, headers and body of the file that is asked for, or of the part that is."""
+        bare = self.path.split("?")[0]
+        places = self.path, unquote(self.path), bare, unquote(bare)
+        found = [self.server_of.files[place] for place in places if place in self.server_of.files]
+        if not found:
+            return 404, {}, b"no such file\n"
+        etag = f'"{hashlib.sha256(found[0]).hexdigest()[:16]}"'
+        headers = {"ETag": etag, "Accept-Ranges": "bytes", **fault.get("headers", {})}
+        return self.ranged(headers, found[0], fault)
+
+    def ranged(self, headers, content, fault):
+        """The rest of the file where a Range is asked for, and If-Range names this version or none."""
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        versions = None, headers.get("ETag"), headers.get("Last-Modified")
+        if not wanted or fault.get("no_range") or self.headers.get("If-Range") not in versions:
+            return 200, headers, content
+        start = int(wanted[1])
+        if start >= len(content):
+            return 416, {**headers, "Content-Range": f"bytes */{len(content)}"}, b""
+        part = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        return 206, {**headers, "Content-Range": part}, content[start:]
+
+    def send(self, status, headers, content, fault):
+        """Send an answer, up to the place where the connection ends or falls silent."""
         self.close_connection = True
         if fault.get("drop", 0) < 0:
             return
+        length = str(fault.get("length", len(content)))
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": length, **headers,
+                   **fault.get("headers", {}), "Connection": "close"}
         self.send_response(status)
-        for name, value in {**headers, "Connection": "close"}.items():
+        for name, value in headers.items():
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
+
         first = fault.get("drop", 0 if "stall" in fault else len(content))
         self.wfile.write(content[:first])
         if "stall" in fault:
             self.wfile.flush()
-            server.closing.wait(fault["stall"])
+            self.server_of.closing.wait(fault["stall"])
             if "drop" not in fault:
                 self.wfile.write(content[first:])
-
-    def ranged(self, status, headers, content, fault):
-        """The part of the file that is asked for, where If-Range names this version of it."""
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if status != 200 or not wanted or fault.get("no_range"):
-            return status, headers, content
-        if self.headers.get("If-Range") not in (None, headers.get("ETag"), headers.get("Last-Modified")):
-            return status, headers, content
-        start = int(wanted[1])
-        if start >= len(content):
-            return 416, {**headers, "Content-Range": f"bytes */{len(content)}"}, b""
-        return 206, {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}, content[start:]
 
     do_GET = do_POST = do_HEAD = answer
 
