@@ -12,8 +12,13 @@ from unittest import mock
 
 import pytest
 
-# Small networks gain little from threads, and lose much where others work on the machine
+# One thread: small matrices gain little from more, and lose much where others work on the machine. The variable
+# is for the scripts' processes and for torch; a plugin of pytest may have loaded numpy already
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+with contextlib.suppress(ImportError):
+    import threadpoolctl
+    threadpoolctl.threadpool_limits(int(os.environ["OMP_NUM_THREADS"]))
+
 GOLDEN = Path(__file__).resolve().parent / "golden"
 KIT = GOLDEN.parent.parent
 sys.path.insert(0, str(KIT))
@@ -51,8 +56,9 @@ def command_of(script, args, root):
 
 def run_process(script, *args, root=None, env=None, cwd=None, check=True, timeout=300):
     """Run a script as a user does, in a process; returns the finished process with its output as text."""
-    done = subprocess.run([sys.executable, *command_of(script, args, root)], env={**os.environ, **(env or {})},
-                          cwd=cwd, timeout=timeout, capture_output=True, text=True)
+    command = [sys.executable, *command_of(script, args, root)]
+    done = subprocess.run(command, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -97,6 +103,18 @@ def error_of(script, *args, run=run_script, **options):
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+@contextlib.contextmanager
+def full_disk(n_bytes):
+    """No file that this process writes may grow beyond so many bytes."""
+    resource = pytest.importorskip("resource", reason="no limits on the size of files here")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def until(condition):

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import KIT, until
+from conftest import KIT, full_disk, until
 from server import Server
 
 shared = importlib.import_module("01_fetch_annotations")
@@ -251,13 +251,8 @@ def test_a_server_that_nobody_runs_is_named_in_one_line(server, path):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(server, path):
-    resource = pytest.importorskip("resource", reason="no limits on the size of files here")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with full_disk(100_000):
         assert error_of(path) == f"error: {path}: File too large; the same command goes on from here"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     shared.download(URL, path)
     assert path.read_bytes() == DATA
     assert "Range" in server.requests[1].headers
