@@ -12,8 +12,8 @@ from unittest import mock
 
 import pytest
 
-# One thread: small matrices gain little from more, and lose much where others work on the machine. The variable
-# is for the scripts' processes and for torch; a plugin of pytest may have loaded numpy already
+# One thread: small matrices gain little from more, and lose much where others work on the machine. The second
+# way is for a numpy that a plugin of pytest has loaded already
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 with contextlib.suppress(ImportError):
     import threadpoolctl
