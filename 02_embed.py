@@ -258,7 +258,9 @@ def read_pickle(path, member=None):
     try:
         with open_member(path, member) if member else open(path, "rb") as file:
             table = VectorUnpickler(file).load()
-        genes, vectors = list(table), np.array(list(table.values()), np.float32)
+        genes = list(table)
+        with np.errstate(over="ignore"):  # infinite then, which is refused below
+            vectors = np.array(list(table.values()), np.float32)
         vectors = vectors.reshape(len(genes), -1)  # a vector may be a row (1, d)
         is_finite = np.isfinite(vectors).all(axis=1)
         if not is_finite.all():

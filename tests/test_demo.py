@@ -48,6 +48,14 @@ def test_help_shows_examples_first_and_defaults(stage):
     assert "default: demo" in options
 
 
+@pytest.mark.parametrize("stage", ["04_train.py", "05_eval.py"])
+def test_threads_that_wait_let_other_programs_work(stage):
+    shown = run_process(stage, "--help", env={"OMP_DISPLAY_ENV": "VERBOSE"}).stderr
+    if "GOMP_SPINCOUNT" not in shown:
+        pytest.skip("PyTorch was built with another OpenMP than GNU's")
+    assert "GOMP_SPINCOUNT = '0'" in shown
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_misspelt_option_is_one_line_that_says_where_the_options_stand(tmp_path, stage):
     error = error_of(stage, "--datset", "x", root=tmp_path)
