@@ -14,7 +14,7 @@ needs about 20 GB of memory (the plain implementation does) and 6 GB of disk.
 Measured with OMP_NUM_THREADS=1 on a machine of two CPU cores that did other work, too; float32, torch 2.13,
 12 layers of width 512. One core multiplied large matrices at 114 GFLOP/s.
 
-    parts: a training step of 64 cells x 1,536 genes, 4 cells at once    270 s, 5.0 GB; 1.00 x 16 steps of 4
+    parts: a training step of 64 cells x 1,536 genes, 4 cells at once    270 to 330 s, 5.2 GB; as 16 steps of 4
     train: a step of 4 cells x 1,536 genes                               17 s, 4.1 GB
     predict: 5,045 genes, a cell                                         10.0 s, 0.7 GB
     the same with the plain implementation                               33.3 s, 3.3 GB
