@@ -1191,7 +1191,8 @@ def predict_wanted(wanted, data, runs, ridge_files, args, folder=None):
     for baseline in baselines:
         silent = [name for name in wanted if name not in baseline.changes]
         if silent:
-            print(f"{baseline.name} says nothing of {shown(silent)}: never perturbed alone in training")
+            print(f"{baseline.name} says nothing of {shown(silent)}: never perturbed alone in training "
+                  f"({len(silent):,} of {len(wanted):,})")
     n_models = len({run.name for run in runs + baselines})
     advice = " (--controls 20 is quicker)" if len(wanted) > MOST_FIGURES and not args.controls else ""
     print(f"perturbations: {len(wanted):,}; models: {n_models}; cells for each: {len(data.control)}{advice}")
