@@ -172,10 +172,10 @@ def named_file(item, option):
     """The name and path of a model: NAME=FILE, or FILE, which goes by its own name."""
     name, path = "", Path(item)
     if not path.exists():
-        name, _, file = item.rpartition("=")
+        name, _, file = item.partition("=")
         path = Path(file)
     if not path.is_file():
-        sys.exit(f"error: {option} {item}: {path} does not exist")
+        sys.exit(f"error: {option} {item}: no such file")
     return shared.check_name(name or path.stem.replace(".", "_"), option), path
 
 
@@ -465,8 +465,8 @@ def all_baselines(data, test, ridge_files):
 # Another method's predictions
 
 def read_external(item, data, test, args):
-    """Another method's predictions, NAME=FILE.h5ad: obs column `condition`, X expression, per cell or per
-    condition. Conditions match by their targets, genes by symbol.
+    """Another method's predictions, FILE.h5ad or NAME=FILE.h5ad: obs column `condition`, X expression, per
+    cell or per condition. Conditions match by their targets, genes by symbol.
 
     Returns what `compare` takes: name, seed "", mean profiles (P, G), NaN for conditions that the file
     lacks, and the true ones.
@@ -1680,9 +1680,10 @@ def parse_arguments(words=None):
         "our own or the authors', as FILE.pt or NAME=FILE.pt; released:VARIANT fetches what the authors "
         "fine-tuned on norman or adamson; for --predict also baselines: ridge_<source>, "
         f"{', '.join(FOR_ANY_TARGET)} (default: all finished runs; --predict without any: all baselines)")
-    add("--external", nargs="+", default=[], metavar="NAME=FILE.h5ad", help="predictions of another method: "
-        "obs column condition, X predicted expression per cell or per condition")
-    add("--cells", action="store_true", help="also write every predicted cell (they have to fit into memory)")
+    add("--external", nargs="+", default=[], metavar="FILE.h5ad", help="predictions of another method, as "
+        "FILE.h5ad or NAME=FILE.h5ad: obs column condition, X predicted expression per cell or condition")
+    add("--cells", action="store_true", help="also write every predicted cell, as *.cells.h5ad (they "
+        "have to fit into memory)")
     add("--controls", type=shared.positive, metavar="N", help="control cells a condition (default: as many "
         f"as it has cells; --predict: {N_FIGURE_CONTROLS})")
     add("--seed", type=shared.seed, default=42, metavar="N", help="draws the control cells (default: 42)")

@@ -311,7 +311,7 @@ def test_without_trained_runs_the_baselines_are_compared_and_training_comes_next
 # --- which models
 
 @pytest.mark.parametrize("options, message", [
-    (["--run", "mine=nofile.pt"], "--run mine=nofile.pt: nofile.pt does not exist"),
+    (["--run", "mine=nofile.pt"], "--run mine=nofile.pt: no such file"),
     (["--run", "scgtp"], "--run scgtp: not found"),
     (["--seed", "-1"], "invalid seed value: '-1'"),
     (["--controls", "0"], "--controls: has to be above 0"),
@@ -394,7 +394,7 @@ def perfect(demo, data, tmp_path_factory):
     (root / "data").symlink_to(demo / "data")
     order = np.random.default_rng(0).permutation(128)
     turned = ["+".join(reversed(label.split("+"))) for label in data.labels]  # B+A, ctrl+A
-    write_cells(root / "turned.h5ad", turned, data.genes[order], data.true[:, order])
+    write_cells(root / "order=random.h5ad", turned, data.genes[order], data.true[:, order])
 
     noise = np.tile([[0.1], [-0.1]], (46, 1))  # cancels in the mean of a condition's two cells
     cells = np.repeat(data.true, 2, axis=0) + noise
@@ -404,7 +404,7 @@ def perfect(demo, data, tmp_path_factory):
     path = write_cells(root / "gears.h5ad", as_gears, data.genes, data.true)
     (root / "gears.h5ad.gz").write_bytes(gzip.compress(path.read_bytes()))
 
-    done = evaluate(root, "--external", f"turned={root / 'turned.h5ad'}", f"cells={root / 'cells.h5ad'}",
+    done = evaluate(root, "--external", f"turned={root / 'order=random.h5ad'}", root / "cells.h5ad",
                     f"gears={root / 'gears.h5ad.gz'}")
     return SimpleNamespace(root=root, output=one_line(done.stdout), warnings=done.stderr)
 
