@@ -694,7 +694,7 @@ def train_run(run, config, plan, data, args, machine):
         dist.barrier()
     old = read_config(folder)
     if old.get("finished") and (old["stopped_early"] or old["epochs"] >= config["epochs"]):
-        print(f"  finished already, {old['epochs']} epochs (--force trains anew)")
+        print(f"  finished already with --epochs {old['epochs']} (--force trains anew)")
         return
 
     net = build_model(plan, data, config["seed"])

@@ -494,7 +494,7 @@ def test_a_finished_run_is_left_as_it_is(root):
     train(root, "--epochs", 2)
     before = files_of(root)
     for n_epochs in (2, 1):
-        assert "finished already, 2 epochs" in train(root, "--epochs", n_epochs).stdout
+        assert "finished already with --epochs 2" in train(root, "--epochs", n_epochs).stdout
         assert files_of(root) == before
 
 
