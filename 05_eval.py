@@ -1185,7 +1185,7 @@ def predict_wanted(wanted, data, runs, ridge_files, args, folder=None):
         for target in targets:
             targets_of.setdefault(data.genes[target], [target])
     keep = wanted if args.cells or len(wanted) <= MOST_FIGURES else {}
-    names, baselines = [item for item in args.run if is_baseline(item)], []
+    names, baselines = list(dict.fromkeys(filter(is_baseline, args.run))), []
     if names or not runs:  # first, since a wrong name costs only seconds here
         baselines = baseline_runs(names, ridge_files, targets_of, keep, data)
     for baseline in baselines:
