@@ -557,8 +557,8 @@ def add_gradients(net, state, job, batch):
 
 
 def add_parts(net, state, job, batch):
-    """Add up the gradients of a batch, one part of its cells after the other: in less memory what one piece
-    would give, but that dropout draws other values."""
+    """Add up the gradients of a batch, one part of its cells after the other: less memory, and the gradients
+    of one piece but for what dropout draws."""
     parts = parts_of(batch, job)
     total = torch.zeros((), device=job.machine.device)
     for part in parts:

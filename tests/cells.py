@@ -79,18 +79,18 @@ def write_matrix(file, name, X, layout="csr", index_dtype=np.int32, **storage):
 
 
 def write_cells(folder, X=None, labels=LABELS, genes=GENES, layout="csr", encoding="categories",
-                obs_column="condition", var_columns=None, **storage):
-    """A lab's file, cells.h5ad: X (default: logarithms), a column of labels in obs, and genes as the index of
-    var; var_columns are more columns there."""
-    path = folder / "cells.h5ad"
+                obs_column="condition", var_columns=None, name="cells.h5ad", **storage):
+    """A lab's file: X (default: logarithms), a column of labels in obs, and genes as the index of var;
+    var_columns are more columns there."""
+    path = folder / name
     with h5py.File(path, "w") as file:
         obs, var = file.create_group("obs"), file.create_group("var")
         obs.attrs["_index"] = var.attrs["_index"] = "_index"
         write_text(obs, "_index", [f"cell{i}" for i in range(len(labels))])
         write_column(obs, obs_column, labels, encoding)
         write_text(var, "_index", genes)
-        for name, values in (var_columns or {}).items():
-            write_column(var, name, values)
+        for column, values in (var_columns or {}).items():
+            write_column(var, column, values)
         write_matrix(file, "X", logged(counts()) if X is None else X, layout, **storage)
     return path
 

@@ -20,6 +20,7 @@ from pytest import approx
 from scipy import sparse, stats
 
 import model
+from cells import write_cells as write_lab_file
 from conftest import KIT, error_of, run_script
 
 LAST = "results/demo/predicted/last"
@@ -378,13 +379,7 @@ def test_two_models_of_one_name_are_an_error(root, options):
 # --- other methods' predictions
 
 def write_cells(path, labels, genes, X):
-    """An AnnData file with obs column `condition`, by hand."""
-    with h5py.File(path, "w") as file:
-        file["X"] = X
-        for table, column, values in (("obs", "condition", labels), ("var", "gene_name", genes)):
-            file.create_group(table).attrs["_index"] = column
-            file[table].create_dataset(column, data=list(values), dtype=h5py.string_dtype())
-    return path
+    return write_lab_file(path.parent, X, labels, genes, layout="dense", name=path.name)
 
 
 @pytest.fixture(scope="module")

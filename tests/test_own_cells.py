@@ -466,9 +466,9 @@ def test_a_gzipped_or_zipped_file_is_read_as_it_is_and_nothing_stays_unpacked(tm
     ([], "0 .h5ad files"), (["a.h5ad", "b.h5ad"], "2 .h5ad files"), (["../../evil.h5ad"], "a text file")])
 def test_a_zip_needs_one_file_of_cells_and_no_name_in_it_becomes_a_path(tmp_path, names, message):
     path = zipped(tmp_path / "cells.zip", *names)
-    assert message in error_of(*STAGE, path, root=tmp_path / "deep/root")
+    assert message in error_of(*STAGE, path, root=tmp_path / "deep/kit")
     assert not list(tmp_path.rglob("*.h5ad"))
-    assert not list((tmp_path / "deep/root/data/mine").iterdir())
+    assert not list((tmp_path / "deep/kit/data/mine").iterdir())
 
 
 @pytest.mark.parametrize("name, content, kind", [

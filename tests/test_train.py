@@ -3,7 +3,6 @@ import csv
 import json
 import shlex
 import shutil
-import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +13,8 @@ import torch
 from scipy import sparse
 
 import model
-from conftest import error_of, run_script, start_process
+from cells import write_cells
+from conftest import error_of, run_script, start_process, until
 from test_model import golden
 
 SMALL = ["--d-model", 16, "--n-layers", 1, "--n-heads", 2, "--d-hid", 16, "--batch-size", 512,
@@ -272,12 +272,9 @@ def test_an_only_condition_both_trains_and_validates(training, capsys):
 
 
 def test_an_only_condition_trains(tmp_path):
-    with h5py.File(tmp_path / "cells.h5ad", "w") as file:
-        file["X"] = np.random.default_rng(0).random((60, 8), dtype=np.float32)
-        file["obs/condition"] = ["ctrl"] * 40 + ["G3+ctrl"] * 20
-        file["var/gene_name"] = [f"G{i}" for i in range(8)]
-        file["obs"].attrs["_index"], file["var"].attrs["_index"] = "condition", "gene_name"
-    of_cells = ("--h5ad", tmp_path / "cells.h5ad", "--vocab", "none", "--split", "none")
+    X = np.random.default_rng(0).random((60, 8), dtype=np.float32)
+    path = write_cells(tmp_path, X, ["ctrl"] * 40 + ["G3+ctrl"] * 20, [f"G{i}" for i in range(8)])
+    of_cells = ("--h5ad", path, "--vocab", "none", "--split", "none")
     run_script("03_prepare_data.py", "--dataset", "one", *of_cells, root=tmp_path)
     train(tmp_path, "--dataset", "one", "--no-pretrained", "--epochs", 1, "--batch-size", 16)
     assert (tmp_path / "runs/one/scgpt/seed42/model.pt").exists()
@@ -633,7 +630,7 @@ def test_force_trains_beside_the_old_run_which_stays_in_use_and_goes_on_when_kil
     before = weights(root)
     again = ["--epochs", 8, "--lr", 2e-3, "--force"]
     process = train(root, *again, run=start_process)
-    wait_for(folder_of(root, "scgpt/seed42.new") / "state.pt")
+    until((folder_of(root, "scgpt/seed42.new") / "state.pt").exists)
     assert "another process trains there" in train(root, "--epochs", 1, run=error_of)
     assert process.poll() is None
     process.kill()
@@ -646,13 +643,6 @@ def test_force_trains_beside_the_old_run_which_stays_in_use_and_goes_on_when_kil
     assert len(log_of(root)) == config_of(root)["epochs"] == 8
     assert config_of(root)["lr"] == 2e-3
     assert folders_of(root) == ["seed42"]
-
-
-def wait_for(path):
-    end = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < end, f"waited too long for {path}"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
